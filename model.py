@@ -10,8 +10,9 @@ by byte. Input and output share one byte table, so nearly every parameter sits i
 Text arrives as symbols: byte + 256 * (this byte ends its patch). prepare.py decides where patches end; nothing here
 knows the rule. 0xFF + 256 = 511 separates documents.
 """
-import math
-from dataclasses import dataclass
+import runpy
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -23,17 +24,17 @@ SEPARATOR = 511  # between documents: 0xFF with the flag set; no text byte 0xFF 
 
 @dataclass
 class STLMConfig:
-    block_size: int = 512   # bytes in a row
-    max_patches: int = 128  # patches in a row; past that no further patch opens
-    n_layer: int = 4        # the transformer over patches
-    n_head: int = 3
-    n_embd: int = 192
-    d_byte: int = 128       # width of the byte layers
-    n_encoder: int = 1      # byte layers before pooling
-    n_decoder: int = 2      # byte layers after
-    n_taps: int = 5         # bytes that one convolution sees
-    n_ngram: int = 1024     # rows of the hashed n-gram table; 0 = none
-    dropout: float = 0.0
+    block_size: int = 512    # bytes in a row (for model=gpt, tokens)
+    max_patches: int = 128   # patches in a row: past that no further one opens; 0 = measured on the data
+    n_layer: int = 4         # layers of the transformer over patches
+    n_head: int = 3          # heads of its attention
+    n_embd: int = 192        # its width
+    d_byte: int = 128        # width of the byte layers
+    n_encoder: int = 1       # byte layers before pooling
+    n_decoder: int = 2       # byte layers after the transformer
+    n_taps: int = 5          # bytes that the convolution of a byte layer sees
+    n_ngram: int = 1024      # rows of the hashed n-gram table; 0 = none
+    dropout: float = 0.0     # in the residual branches
 
 
 @dataclass
@@ -51,7 +52,7 @@ class GPTConfig:
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))  # no learned scale: the next matrix can learn it
+    return F.rms_norm(x, (x.size(-1),))  # without a learned scale: the matrix that follows can learn one
 
 
 class MLP(nn.Module):
@@ -62,17 +63,16 @@ class MLP(nn.Module):
         self.dropout = dropout
 
     def forward(self, x):
-        x = self.down(F.relu(self.up(x)).square())  # ReLU^2, "Primer" (arXiv 2109.08668)
+        x = self.down(F.relu(self.up(x)).square())  # ReLU^2, from Primer (arXiv 2109.08668)
         return F.dropout(x, self.dropout, self.training)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and normalised queries and keys."""
+    """Causal self-attention with rotary positions (arXiv 2104.09864) and normalised queries and keys."""
 
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -102,29 +102,33 @@ class Block(nn.Module):
 
 
 class ByteBlock(nn.Module):
-    """One byte layer: a gated causal depthwise convolution (as in LFM2) mixes a few bytes, then an MLP."""
+    """One byte layer: a gated causal depthwise convolution (as in LFM2, arXiv 2511.23404) mixes a few bytes, then an MLP."""
 
-    def __init__(self, n, n_taps, dropout):
+    def __init__(self, config):
         super().__init__()
-        self.gates = nn.Linear(n, 3 * n, bias=False)
-        self.taps = nn.Parameter(torch.zeros(n_taps, n))
-        self.out = nn.Linear(n, n, bias=False)
-        self.mlp = MLP(n, dropout)
+        self.gates = nn.Linear(config.d_byte, 3 * config.d_byte, bias=False)
+        self.taps = nn.Parameter(torch.zeros(config.n_taps, config.d_byte))
+        self.out = nn.Linear(config.d_byte, config.d_byte, bias=False)
+        self.mlp = MLP(config.d_byte, config.dropout)
 
     def forward(self, z, cache=None):
         N, K = z.size(1), len(self.taps)
         a, b, c = self.gates(norm(z)).chunk(3, dim=-1)  # (B, N, d_byte) each
-        u = a * b
-        u = F.pad(u, (0, 0, K - 1, 0))
+        u = with_past(a * b, K - 1, self, cache)  # (B, K - 1 + N, d_byte)
         u = sum(self.taps[k] * u[:, k : k + N] for k in range(K))
         z = z + self.out(c * u)
         return z + self.mlp(norm(z))
 
 
+def with_past(x, n, owner, cache=None):
+    """x (B, N, C) with the n positions before it in front: zeros, or what the cache kept for this owner."""
+    return F.pad(x, (0, 0, n, 0)) if cache is None else cache.join(owner, x, n)
+
+
 def rope_table(n_positions, head_dim):
-    """Cosines and sines of rotary positions (arXiv 2104.09864): (2, n_positions, head_dim / 2)."""
-    freq = 10000.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim)
-    angle = torch.arange(n_positions).float()[:, None] * freq
+    """Cosines and sines of the rotary angles: (2, n_positions, head_dim / 2)."""
+    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.arange(n_positions).float()[:, None] * frequency
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -134,65 +138,231 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def init_weights(model):
+    """Residual branches start at zero, so every layer begins as the identity; the other matrices keep the scale of x."""
+    for name, p in model.named_parameters():
+        if name.endswith(("out.weight", "mlp.down.weight")):
+            nn.init.zeros_(p)
+        elif name.endswith(("wte.weight", "ngram.weight")):
+            nn.init.normal_(p, std=0.05)
+        elif name.endswith("taps"):
+            nn.init.normal_(p, std=p.size(0) ** -0.5)
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=p.size(1) ** -0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generation, the same for both models
+
+
+class Cache:
+    """What generation remembers of a batch of rows: past keys and values, and the last inputs of each convolution."""
+
+    def __init__(self, lengths, capacity):
+        self.new = lengths  # (B,) how many of the positions now coming in are real: the prompts' lengths, then ones
+        self.n_symbols = lengths.clone()  # (B,) seen so far
+        self.capacity = capacity  # positions of the transformer that the keys and values have room for
+        self.filled = torch.zeros_like(lengths)  # (B,) of them in use
+        self.rows = None  # the rows that the transformer runs on; None = a whole prompt of every row
+        self.past, self.keys, self.values = {}, {}, {}
+
+    def join(self, owner, x, n):
+        if owner not in self.past:
+            self.past[owner] = x.new_zeros(len(x), n, x.size(2))
+        x = torch.cat([self.past[owner], x], dim=1)
+        last = self.new[:, None] + torch.arange(n, device=x.device)  # (B, n) the n positions up to the last real one
+        self.past[owner] = x.gather(1, last[..., None].expand(-1, -1, x.size(2)))
+        return x
+
+    def extend(self, owner, k, v):
+        if self.rows is None:
+            room = (0, 0, 0, self.capacity - k.size(2))
+            self.keys[owner], self.values[owner] = F.pad(k, room), F.pad(v, room)
+            return k, v, None
+        keys, values, at = self.keys[owner], self.values[owner], self.filled[self.rows]
+        keys[self.rows, :, at], values[self.rows, :, at] = k[:, :, 0], v[:, :, 0]
+        n = int(at.max()) + 1
+        mask = torch.arange(n, device=k.device) <= at[:, None]
+        return keys[self.rows, :, :n], values[self.rows, :, :n], mask[:, None, None]
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Samples one id a row from logits (B, V). temperature 0 takes the likeliest; top_p is from arXiv 1904.09751."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    p = logits.softmax(-1)
+    if top_p is not None:
+        sorted_p, order = p.sort(descending=True)
+        outside = sorted_p.cumsum(-1) - sorted_p >= top_p  # never the likeliest
+        p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+class LanguageModel(nn.Module):
+    """Generation for a model that has prefill(), step(), is_full() and fit()."""
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Yields max_new times the next id of every row, (B,). prompts: a list of 1-D tensors of ids, not empty.
+
+        A row that outgrows the model goes on from the last half of its text: the caches are built anew from there.
+        """
+        windows, fresh, cache = list(prompts), [], None
+        for _ in range(max_new):
+            if cache is None or self.is_full(cache, ids):
+                if fresh:
+                    windows = [torch.cat(pair) for pair in zip(windows, torch.stack(fresh, dim=1))]
+                windows, fresh = [self.fit(row) for row in windows], []
+                lengths = torch.tensor([len(row) for row in windows], device=windows[0].device)
+                logits, cache = self.prefill(nn.utils.rnn.pad_sequence(windows, batch_first=True), lengths)
+            else:
+                cache.n_symbols += 1
+                logits = self.step(ids, cache)
+            ids = pick(logits, temperature, top_k, top_p, generator)
+            fresh.append(ids)
+            yield ids
+
+    def generate(self, prompts, max_new_bytes, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """The new ids of every row, (B, max_new_bytes): symbols, so one a byte (for GPT, tokens)."""
+        return torch.stack(list(self.stream(prompts, max_new_bytes, temperature, top_k, top_p, generator)), dim=1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class STLM(nn.Module):
+class STLM(LanguageModel):
+    """The byte-pooled transformer. Causal: the logits at byte i depend on symbols 0..i only."""
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.wte = nn.Embedding(N_SYMBOLS, c.d_byte)
-        if c.n_ngram:
-            self.ngram = nn.Embedding(c.n_ngram, c.d_byte)
-        self.encoder = nn.ModuleList(ByteBlock(c.d_byte, c.n_taps, c.dropout) for _ in range(c.n_encoder))
+        self.wte = nn.Embedding(N_SYMBOLS, c.d_byte)  # the tied byte table: input and output
+        self.ngram = nn.Embedding(c.n_ngram, c.d_byte) if c.n_ngram else None
+        self.encoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_encoder))
         self.up = nn.Linear(c.d_byte, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.start = nn.Parameter(torch.zeros(1, 1, c.d_byte))  # what bytes receive before the first patch closes
         self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
-        self.decoder = nn.ModuleList(ByteBlock(c.d_byte, c.n_taps, c.dropout) for _ in range(c.n_decoder))
+        self.start = nn.Parameter(torch.zeros(c.d_byte))  # what a byte receives before the first patch has closed
+        self.decoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_decoder))
         self.register_buffer("rope", rope_table(c.max_patches, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
 
-    def embed(self, x):
-        z = self.wte(x)
-        if self.config.n_ngram:
-            h = x
-            for n in range(1, 4):
-                h = h * 1000003 + F.pad(x, (n, 0))[:, : x.size(1)] + 1
-                z = z + self.ngram((h ^ (h >> 17)) % self.config.n_ngram)
-        return z
+    def forward(self, x, y=None, reduction="mean", cache=None):
+        """Symbols x, y (B, N) to logits (B, N, 512) and the loss in nats a symbol; None without y.
 
-    def forward(self, x, y=None, reduction="mean"):
+        reduction="none" gives the loss of every symbol, (B * N,); "sum" their sum. y = -100 is left out.
+        """
         B, N = x.shape
-        P = self.config.max_patches
-        z = self.embed(x)
-        z = norm(z)
-        for block in self.encoder:
-            z = block(z)
+        z = self.encode(x, cache)  # (B, N, d_byte)
+
+        # pool: the mean of z over each closed patch, as a difference of running sums
         closed = (x >= 256).cumsum(1)  # (B, N) patches closed at or before each byte
-        want = torch.arange(1, P + 1, device=x.device).expand(B, P).contiguous()
-        ends = torch.searchsorted(closed, want)  # (B, P) 
-        ends = (ends + 1).clamp(max=N)
+        number = torch.arange(1, self.config.max_patches + 1, device=x.device).repeat(B, 1)
+        ends = (torch.searchsorted(closed, number) + 1).clamp(max=N)  # (B, P) one past the byte that closes patch p
         starts = F.pad(ends, (1, 0))[:, :-1]
-        total = F.pad(z.float().cumsum(1), (0, 0, 1, 0))  # (B, N+1, d)
-        take = lambda i: total.gather(1, i[..., None].expand(-1, -1, z.size(-1)))
-        mean = (take(ends) - take(starts)) / (ends - starts).clamp(min=1)[..., None]
-        h = norm(self.up(mean.to(z.dtype)))
-        for block in self.blocks:
-            h = block(h, self.rope)
-        h = self.down(norm(h))  # (B,P,d_byte)
+        total = F.pad(z.float().cumsum(1), (0, 0, 1, 0))  # (B, N + 1, d_byte) in fp32: long sums
+        mean = (rows_at(total, ends) - rows_at(total, starts)) / (ends - starts).clamp(min=1)[..., None]
+
+        h = self.core(mean.to(z.dtype), self.rope, cache)  # (B, P, d_byte)
+
+        # unpool: each byte receives h of the last patch closed at or before it, never of its own open patch
         h = torch.cat([self.start.to(h.dtype).expand(B, 1, -1), h], dim=1)
-        z = z + h.gather(1, closed.clamp(max=P)[..., None].expand(-1, -1, z.size(-1)))
-        for block in self.decoder:
-            z = block(z)
-        logits = F.linear(norm(z), self.wte.weight)
+        patch = closed.clamp(max=self.config.max_patches)  # past max_patches no patch opens: the last h serves the rest
+        logits = self.decode(z + rows_at(h, patch), cache)  # (B, N, 512)
+
+        if cache is not None:  # what step() goes on from: the open patch of every row, and the h it receives
+            last = (cache.new - 1)[:, None]
+            cache.filled = patch.gather(1, last)[:, 0]
+            begin = F.pad(ends, (1, 0)).gather(1, cache.filled[:, None])  # where the open patch begins
+            cache.sum = (rows_at(total, last + 1) - rows_at(total, begin))[:, 0]
+            cache.count = (last + 1 - begin)[:, 0]
+            cache.h = rows_at(h, cache.filled[:, None])[:, 0]
         if y is None:
             return logits, None
-        loss = F.cross_entropy(logits.float().view(-1, N_SYMBOLS), y.reshape(-1), reduction=reduction)
-        return logits, loss
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+
+    def encode(self, x, cache=None):
+        z = self.wte(x)
+        if self.ngram is not None:  # the 2, 3 and 4 symbols up to here, hashed into one table, as in BLT (arXiv 2412.09871)
+            N, past = x.size(1), with_past(x[..., None], 3, self, cache)[..., 0]  # (B, 3 + N)
+            code = x
+            for n in 1, 2, 3:
+                code = code * 1000003 + past[:, 3 - n : 3 - n + N] + 1  # wraps around in int64
+                z = z + self.ngram((code ^ (code >> 17)) % self.config.n_ngram)
+        z = norm(z)
+        for block in self.encoder:
+            z = block(z, cache)
+        return z
+
+    def core(self, pooled, rope, cache=None):
+        h = norm(self.up(pooled))  # (B, P, n_embd)
+        for block in self.blocks:
+            h = block(h, rope, cache)
+        return self.down(norm(h))
+
+    def decode(self, z, cache=None):
+        for block in self.decoder:
+            z = block(z, cache)
+        return F.linear(norm(z), self.wte.weight)
+
+    # generation: one byte at a time through the byte layers, one patch at a time through the transformer
+
+    def prefill(self, x, lengths):
+        cache = Cache(lengths, self.config.max_patches)
+        logits, _ = self(x, cache=cache)
+        cache.new = torch.ones_like(lengths)
+        return rows_at(logits, lengths[:, None] - 1)[:, 0], cache
+
+    def step(self, x, cache):
+        """The next symbol of every row, (B,), to the logits after it, (B, 512)."""
+        z = self.encode(x[:, None], cache)  # (B, 1, d_byte)
+        cache.sum += z[:, 0]
+        cache.count += 1
+        rows = (x >= 256).nonzero()[:, 0]
+        if len(rows):  # these close a patch: only now the transformer runs, one position, on these rows alone
+            cache.rows = rows
+            mean = (cache.sum[rows] / cache.count[rows, None]).to(z.dtype)
+            rope = self.rope[:, cache.filled[rows], None, None]  # (2, rows, 1, 1, hd / 2)
+            cache.h[rows] = self.core(mean[:, None], rope, cache)[:, 0]
+            cache.sum[rows], cache.count[rows] = 0.0, 0
+            cache.filled[rows] += 1
+        return self.decode(z + cache.h[:, None], cache)[:, 0]
+
+    def is_full(self, cache, x):
+        c = self.config
+        return bool(((cache.n_symbols >= c.block_size) | (cache.filled + (x >= 256) > c.max_patches)).any())
+
+    def fit(self, row):
+        """The part of a row of symbols that the model can go on from: all of it, or at most half of what fits."""
+        c, ends = self.config, (row >= 256).nonzero()[:, 0]
+        if len(row) <= c.block_size and len(ends) <= c.max_patches:
+            return row
+        begin = max(len(row) - c.block_size // 2, 0)
+        if len(ends) > c.max_patches // 2:
+            begin = max(begin, int(ends[-(c.max_patches // 2) - 1]) + 1)
+        return row[min(begin, len(row) - 1) :]
+
+    def flops(self, n_symbols, n_patches):
+        """Operations of a training step that are the model's own: 6 a parameter in a matrix, and attention."""
+        c = self.config
+        core = sum(p.numel() for p in self.blocks.parameters()) + 2 * c.d_byte * c.n_embd
+        byte_layers = sum(p.numel() for m in (self.encoder, self.decoder, self.wte) for p in m.parameters())
+        attention = 6 * c.n_layer * c.n_embd * n_patches * n_patches * c.block_size / n_symbols
+        return 6 * core * n_patches + 6 * byte_layers * n_symbols + attention
 
 
-class GPT(nn.Module):
+def rows_at(x, i):
+    """x (B, N, C) at positions i (B, M): (B, M, C)."""
+    return x.gather(1, i[..., None].expand(-1, -1, x.size(2)))
+
+
+class GPT(LanguageModel):
+    """The rival: a base transformer of the same Blocks over tokens, with its token table tied to the output."""
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -201,24 +371,58 @@ class GPT(nn.Module):
         self.register_buffer("rope", rope_table(c.block_size, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
 
-    def forward(self, x, y=None, reduction="mean"):
-        h = norm(self.wte(x))
+    def forward(self, x, y=None, reduction="mean", cache=None, rope=None):
+        h = norm(self.wte(x))  # (B, T, n_embd)
+        rope = self.rope[:, : x.size(1)] if rope is None else rope
         for block in self.blocks:
-            h = block(h, self.rope)
-        logits = F.linear(norm(h), self.wte.weight)
+            h = block(h, rope, cache)
+        logits = F.linear(norm(h), self.wte.weight)  # (B, T, vocab_size)
         if y is None:
             return logits, None
-        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), y.reshape(-1), reduction=reduction)
-        return logits, loss
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+
+    def prefill(self, x, lengths):
+        cache = Cache(lengths, self.config.block_size)
+        logits, _ = self(x, cache=cache)
+        cache.filled, cache.rows = lengths.clone(), torch.arange(len(x), device=x.device)
+        return rows_at(logits, lengths[:, None] - 1)[:, 0], cache
+
+    def step(self, x, cache):
+        logits, _ = self(x[:, None], cache=cache, rope=self.rope[:, cache.filled, None, None])
+        cache.filled += 1
+        return logits[:, 0]
+
+    def is_full(self, cache, x):
+        return bool((cache.filled >= self.config.block_size).any())
+
+    def fit(self, row):
+        return row if len(row) <= self.config.block_size else row[-max(1, self.config.block_size // 2) :]
+
+    def flops(self, n_tokens, n_patches=None):
+        c = self.config
+        return 6 * sum(p.numel() for p in self.parameters()) * n_tokens + 6 * c.n_layer * c.n_embd * n_tokens * c.block_size
 
 
-def init_weights(model):
-    for name, p in model.named_parameters():
-        if name.endswith(("out.weight", "mlp.down.weight")):
-            nn.init.zeros_(p)
-        elif name.endswith("taps"):
-            nn.init.normal_(p, std=p.size(0) ** -0.5)
-        elif "wte" in name or "ngram" in name:
-            nn.init.normal_(p, std=0.05)
-        elif p.ndim == 2:
-            nn.init.normal_(p, std=p.size(1) ** -0.5)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def print_sizes():
+    """Parameters of the shipped configs, table by table."""
+    print(f"{'config':12} {'total':>8} {'core':>8} {'bytes':>8} {'n-grams':>8} {'table':>8}   a GPT-2 table as wide")
+    for path in sorted(Path(__file__).parent.glob("config/*.py")):
+        values = runpy.run_path(path)
+        if "n_embd" not in values or values.get("model") == "gpt":
+            continue
+        config = STLMConfig(**{f.name: values[f.name] for f in fields(STLMConfig) if f.name in values})
+        with torch.device("meta"):
+            model = STLM(config)
+        count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        core = count["blocks"] + count["up"] + count["down"]
+        byte_layers = count["encoder"] + count["decoder"] + config.d_byte
+        total, gpt2 = sum(p.numel() for p in model.parameters()), 50257 * config.n_embd
+        sizes = "".join(f"{n / 1e6:8.2f}M" for n in (total, core, byte_layers, count.get("ngram", 0), count["wte"]))
+        print(f"{path.stem:12}{sizes}   {gpt2 / 1e6:.2f}M: ours is {1 - count['wte'] / gpt2:.1%} smaller")
+
+
+if __name__ == "__main__":
+    print_sizes()

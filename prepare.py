@@ -43,24 +43,27 @@ class BadInput(Exception):
 # patches: which bytes end one
 
 
-def is_space():
+def byte_table(members):
     table = np.zeros(256, bool)
-    table[list(b" \t\n\v\f\r")] = True
+    table[list(members)] = True
     return table
 
 
-SPACE = is_space()
+SPACE = byte_table(b" \t\n\v\f\r")
+LETTER = byte_table([b for b in range(256) if b >= 0x80 or chr(b).isalnum() or b == ord("_")])  # and digits, and UTF-8
 
 
 def word_ends(text):
-    """A patch is a word and the whitespace byte after it (or whitespace before a word), at most MAX_PATCH bytes."""
-    space = SPACE[text]
+    """A patch ends before a word that follows anything else, and with the first whitespace byte after anything else.
+
+    So "x = foo(bar)" is cut into |x |= |foo(|bar)|, and indentation is a patch. At most MAX_PATCH bytes.
+    """
+    space, letter = SPACE[text], LETTER[text]
     ends = np.zeros(len(text), bool)
-    ends[1:] = space[1:] & ~space[:-1]
-    ends[-1:] = True  # for measuring runs; the last byte of a text ends no patch of its own
-    last = np.flatnonzero(ends)
+    ends[:-1] = ~letter[:-1] & letter[1:]
+    ends[1:] |= space[1:] & ~space[:-1]
+    last = np.append(np.flatnonzero(ends), len(text) - 1)
     first = np.concatenate([[0], last[:-1] + 1])
-    ends[-1:] = len(text) > 1 and space[-1] and not space[-2]
     while True:  # cut runs longer than MAX_PATCH, one cut a run and round, never inside a UTF-8 character
         long = last - first >= MAX_PATCH
         first, last = first[long], last[long]

@@ -1,0 +1,15 @@
+# The rival of stlm_10m: a base transformer with GPT-2's vocabulary, the same total size, the same bytes a row and step.
+#        python prepare.py tinystories --tokenizer=gpt2 && python train.py config/gpt_10m.py
+out_dir = "out/gpt_10m"
+model = "gpt"
+dataset = "tinystories"
+tokenizer = "gpt2"
+max_iters = 20_000
+
+block_size = 256  # tokens, of about 4 bytes
+n_layer = 6
+n_head = 5
+n_embd = 160
+
+batch_size = 16
+eval_interval = 1000

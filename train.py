@@ -1,0 +1,596 @@
+"""
+Trains an STLM, or the rival GPT, on what prepare.py wrote.
+
+    python train.py config/quick.py                                # 4 minutes on a laptop, no download
+    python train.py config/stlm_50m.py --batch_size=16             # any key can be set on the command line
+    python train.py config/quick.py --resume                       # go on where a run stopped
+    torchrun --nproc_per_node=8 train.py config/stlm_50m.py        # several GPUs; batch_size is for each
+    python train.py --help                                         # every key, its default and what it means
+
+Writes out_dir/ckpt.pt (the latest state), best.pt (the lowest validation loss), log.jsonl and loss.png.
+"""
+import difflib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import runpy
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import GPT, STLM, SEPARATOR, Block, ByteBlock, GPTConfig, STLMConfig
+from prepare import KNOWN, BadInput, detokenize, decode, folder_name, prepare, run
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the configuration: every key, once. The comment behind a key is what --help prints.
+
+
+@dataclass
+class Config(STLMConfig):  # and the sizes of the model, from model.py
+    model: str = "stlm"               # stlm, or gpt: the base transformer to compare with
+    out_dir: str = "out/stlm"         # where checkpoints and the log go
+    dataset: str = "stdlib"           # a folder in data/; a known dataset is prepared when it is not there yet
+    patcher: str = "words"            # how that known dataset is cut: words, gpt2 or fixed:N
+    tokenizer: str = "bytes"          # or gpt2 or bpe:N, token ids for model=gpt
+    init_from: str = ""               # a checkpoint whose weights to start from: finetuning
+    resume: bool = False              # go on from out_dir/ckpt.pt
+    seed: int = 1337                  # of the weights and of the order of the data
+    batch_size: int = 8               # rows a step, on each device
+    grad_accum: int = 1               # batches whose gradients are added up before a step
+    max_iters: int = 5000             # steps; 0 = until max_minutes
+    max_minutes: float = 0.0          # minutes of training, compilation and evaluation not counted; 0 = until max_iters
+    learning_rate: float = 0.02       # of Muon, for matrices
+    adam_learning_rate: float = 0.004 # of AdamW, for tables and vectors
+    weight_decay: float = 0.0         # on matrices
+    warmup: float = 0.02              # share of the run in which the learning rates rise
+    cooldown: float = 0.6             # share of the run, at its end, in which they fall to zero
+    eval_interval: int = 250          # steps between evaluations, each after a checkpoint
+    eval_bytes: int = 200_000         # text to score at each; the last one scores all of it
+    log_interval: int = 10            # steps between lines of the log
+    sample_bytes: int = 400           # length of the sample at the end
+    device: str = ""                  # cuda, mps or cpu; by itself the first of them that is there
+    compile: bool = True              # torch.compile, where it works
+
+
+HARMLESS = {"resume", "max_iters", "max_minutes", "eval_interval", "eval_bytes", "log_interval", "sample_bytes",
+            "device", "compile"}  # what may change when a run is resumed
+
+
+def parse(argv):
+    """Config keys from the command line: config files and --key=value, the later wins. Returns {key: value}."""
+    types = {f.name: f.type for f in fields(Config)}
+    given = {}
+
+    def put(key, value, where):
+        if key not in types:
+            near = difflib.get_close_matches(key, types, 1)
+            raise BadInput(f"{where}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        kind = types[key]
+        if isinstance(value, str) and kind is not str:  # from the command line
+            try:
+                value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value.replace("_", ""))
+            except (KeyError, ValueError):
+                raise BadInput(f"{where}: {key}={value} is not of type {kind.__name__}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise BadInput(f"{where}: {key}={value!r} is not of type {kind.__name__}")
+        given[key] = value
+
+    for arg in argv:
+        if arg in ("-h", "--help"):
+            print(__doc__, end="\nKeys:\n")
+            source = inspect.getsource(STLMConfig) + inspect.getsource(Config)
+            for key, default, text in re.findall(r"^    (\w+): \w+ = (\S+) *# (.*)", source, re.M):
+                print(f"  --{key}={default}".ljust(32), text)
+            sys.exit(0)
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            if not equals and types.get(key) is not bool:
+                raise BadInput(f"{arg}: expected --key=value")
+            put(key, value if equals else True, "command line")
+        else:
+            if not os.path.isfile(arg):
+                raise BadInput(f"no config file {arg}; keys are set as --key=value")
+            try:
+                values = runpy.run_path(arg)
+            except Exception as error:
+                raise BadInput(f"{arg}: {type(error).__name__}: {error}")
+            for key, value in values.items():
+                if not key.startswith("_") and not isinstance(value, ModuleType):
+                    put(key, value, arg)
+    return given
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+
+
+class Data:
+    """One data file as rows of block_size + 1 ids: symbols, or tokens for the rival."""
+
+    def __init__(self, folder, split, meta, block_size):
+        path = folder / f"{split}.bin"
+        if not path.is_file() or path.stat().st_size != 2 * meta[split]["symbols"]:
+            raise BadInput(f"{path} is not the file that prepare.py wrote: expected {2 * meta[split]['symbols']} bytes; "
+                           "run prepare.py again")
+        self.path, self.N, self.n_text = path, block_size, meta[split]["bytes"]
+        self.ids = np.memmap(path, np.uint16, "r")
+        vocab = meta["vocab"]
+        self.n_bytes = np.ones(512, np.int64) if vocab is None else np.array([len(token) for token in vocab])
+        self.separator = len(self.n_bytes) - 1
+        self.n_bytes[self.separator] = 0  # bytes of text that each id stands for
+        if len(self.ids) < 2 * block_size:
+            raise BadInput(f"block_size={block_size} is too long for {path} with {len(self.ids)} symbols: at most half")
+
+    def check(self, rows):
+        if rows.max() > self.separator:
+            raise BadInput(f"{self.path} is corrupt: it holds {rows.max()}, expected ids up to {self.separator}; "
+                           "run prepare.py again")
+        return torch.from_numpy(rows.astype(np.int64))
+
+    def training_rows(self, start, n, seed):
+        """Rows start to start + n of an endless shuffled sequence: x, y of shape (n, N).
+
+        Each epoch visits every window once, in a seeded random order, and shifts the windows by a random offset.
+        """
+        per_epoch = len(self.ids) // self.N - 1
+        rows = []
+        for row in range(start, start + n):
+            order, offset = epoch_order(per_epoch, self.N, seed, row // per_epoch)
+            i = offset + order[row % per_epoch] * self.N
+            rows.append(self.ids[i : i + self.N + 1])
+        rows = self.check(np.stack(rows))
+        return rows[:, :-1], rows[:, 1:]
+
+    def scoring_batches(self, batch_size, n_text=None, rank=0, world=1):
+        """Windows in order, so that every id is scored once: x, y of shape (batch_size, N); -100 in y is padding.
+
+        n_text: score about that many bytes of text, in windows spread evenly over the file; None = all of it.
+        """
+        n_windows = -(-len(self.ids) // self.N)
+        some = n_windows if n_text is None else min(n_windows, max(1, int(n_windows * n_text / self.n_text)))
+        windows = np.linspace(0, n_windows - 1, some).astype(int)[rank::world]
+        for i in range(0, len(windows), batch_size):
+            x = torch.full((batch_size, self.N), self.separator)
+            y = torch.full((batch_size, self.N), -100)
+            for row, w in enumerate(windows[i : i + batch_size]):
+                ids = self.check(self.ids[w * self.N : (w + 1) * self.N])
+                y[row, : len(ids)] = ids
+                x[row, 1 : len(ids)] = ids[:-1]
+                if w > 0:  # the first byte of all is predicted from a separator
+                    x[row, 0] = int(self.ids[w * self.N - 1])
+            yield x, y
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n_windows, block_size, seed, epoch):
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n_windows), rng.integers(block_size)
+
+
+def load_meta(folder):
+    """meta.json of a prepared dataset, and its vocabulary (None for symbols) under "vocab"."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        vocab = folder / "vocab.json"
+        return meta | {"vocab": json.loads(vocab.read_text()) if vocab.exists() else None}
+    except ValueError:
+        raise BadInput(f"{folder} is damaged: meta.json or vocab.json is no JSON; run prepare.py again")
+
+
+def find_data(cfg):
+    """The folder of the dataset, prepared first when it is a known one."""
+    for name in (folder_name(cfg.dataset, cfg.patcher, cfg.tokenizer), cfg.dataset):
+        if (Path("data") / name / "meta.json").is_file():
+            return Path("data") / name
+    if cfg.dataset not in KNOWN:
+        raise BadInput(f"no dataset in data/{cfg.dataset}: prepare your text with "
+                       f"python prepare.py FILES --name={cfg.dataset}, or use --dataset=stdlib")
+    return prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# optimization
+
+
+def make_optimizers(model, cfg):
+    """Muon for the matrices inside the network, AdamW for tables, taps and vectors: every parameter in exactly one."""
+    tables = [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+    matrices = [p for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
+    held = {id(p) for p in tables + matrices}
+    rest = [p for p in model.parameters() if id(p) not in held]
+    assert len(tables) + len(matrices) + len(rest) == len(list(model.parameters()))
+    muon = torch.optim.Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay, momentum=0.95)
+    adamw = torch.optim.AdamW(tables + rest, lr=cfg.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for optimizer in (muon, adamw):
+        optimizer.param_groups[0]["base_lr"] = optimizer.param_groups[0]["lr"]
+    return [muon, adamw]
+
+
+def lr_scale(progress, cfg):
+    """Warmup, constant, linear cooldown to zero (WSD), over progress from 0 to 1."""
+    up = progress / cfg.warmup if cfg.warmup else 1.0
+    down = (1 - progress) / cfg.cooldown if cfg.cooldown else 1.0
+    return max(0.0, min(1.0, up, down))
+
+
+def take_step(model, optimizers, batches, autocast, scale):
+    """One step on a list of batches (x, y) with the learning rates scaled; returns the mean loss, a tensor."""
+    total = 0.0
+    for i, (x, y) in enumerate(batches):
+        last = i == len(batches) - 1 or not dist.is_initialized()
+        with nullcontext() if last else model.no_sync():  # ranks exchange gradients once a step
+            with autocast:
+                _, loss = model(x, y)
+            (loss / len(batches)).backward()
+        total += loss.detach() / len(batches)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+@torch.no_grad()
+def evaluate(model, data, batch_size, device, autocast, n_text=None, rank=0, world=1):
+    """Bits per byte: all nats / (ln 2 * bytes of text), separators predicted but not counted as text."""
+    model.eval()
+    nats = n_bytes = 0.0
+    for x, y in data.scoring_batches(batch_size, n_text, rank, world):
+        with autocast:
+            _, loss = model(x.to(device), y.to(device), reduction="sum")
+        nats += loss.item()
+        n_bytes += data.n_bytes[y[y >= 0].numpy()].sum()
+    model.train()
+    nats, n_bytes = all_ranks([nats, n_bytes], device)
+    return nats / math.log(2) / n_bytes
+
+
+def all_ranks(values, device, op="sum"):
+    """A list of numbers, combined over all ranks."""
+    if not dist.is_initialized():
+        return values
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return t.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the machine
+
+
+def synchronize(device):
+    if device != "cpu":
+        getattr(torch, device.split(":")[0]).synchronize()
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large matrix product, measured: what MFU is a share of."""
+    n = 1024 if device == "cpu" else 8192 if device.startswith("cuda") else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    times = []
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+def choose_device(wanted):
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=wanted or found)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device={wanted} does not work here ({str(error).splitlines()[0]}); expected {found}")
+    return wanted or found
+
+
+def why_no_compile(device):
+    """None when torch.compile works on this machine, else the reason."""
+    if device.startswith("mps"):
+        return "not on mps"
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no Triton, no headers: each fails in its own way
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+
+
+def compile_blocks(model):
+    """Block by block: all blocks of a kind share one compiled function, so it is ready in seconds, not minutes."""
+    for module in model.modules():
+        if isinstance(module, (Block, ByteBlock)):
+            module.compile(dynamic=False)
+
+
+def choose_precision(device):
+    """Measures which of fp32 and bf16 this device multiplies faster: its autocast, its name, its peak in FLOP/s."""
+    torch.set_float32_matmul_precision("high")
+    fp32, bf16 = (matmul_peak(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    if all_ranks([bf16 < 1.2 * fp32], device, "max")[0]:
+        return nullcontext(), "fp32", fp32
+    return torch.autocast(device.split(":")[0], torch.bfloat16), "bf16", bf16
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save(path, checkpoint):
+    """Under a temporary name first: at any moment the file under the final name is whole."""
+    temp = f"{path}.tmp"
+    with open(temp, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A checkpoint of this project as a dict. Nothing in the file is executed. Raises BadInput."""
+    if not os.path.isfile(path):
+        raise BadInput(f"no checkpoint {path}: train first, or name another --out_dir")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["model"], checkpoint["config"]["model"], checkpoint["meta"]["patcher"]
+    except Exception as error:
+        raise BadInput(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})")
+    return checkpoint
+
+
+def build_model(config, vocab):
+    """The model of a config (a dict of train.py's keys)."""
+    kind, size = (STLM, STLMConfig) if config["model"] == "stlm" else (GPT, GPTConfig)
+    values = {f.name: config[f.name] for f in fields(size) if f.name in config}
+    if kind is GPT:
+        values["vocab_size"] = 512 if vocab is None else len(vocab)
+    return kind(size(**values))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def start(given, rank):
+    """Settles the configuration of a run from the keys given and from the checkpoint it goes on from, if any."""
+    cfg, checkpoint = Config(**given), None
+    if cfg.resume:
+        path = Path(cfg.out_dir) / "ckpt.pt"
+        checkpoint = load_checkpoint(path)
+        stored = {k: v for k, v in checkpoint["config"].items() if k in asdict(cfg)}
+        changed = [k for k, v in given.items() if v != stored.get(k, v) and k not in HARMLESS]
+        if changed:
+            raise BadInput(f"--resume: {', '.join(changed)} differ from the run in {path}; "
+                           "leave them as they were, or start afresh in another --out_dir")
+        cfg = Config(**stored | {k: v for k, v in given.items() if k in HARMLESS})
+    elif cfg.init_from:
+        checkpoint = load_checkpoint(cfg.init_from)
+        shape = {f.name for f in fields(STLMConfig)} - {"dropout"} | {"model", "patcher", "tokenizer"}
+        stored = {k: v for k, v in checkpoint["config"].items() if k in shape}
+        changed = [k for k in given if given[k] != stored.get(k, given[k])]
+        if changed:
+            raise BadInput(f"--init_from: {', '.join(changed)} differ from {cfg.init_from}; leave them out")
+        cfg = Config(**given | stored)
+    if not (cfg.max_iters or cfg.max_minutes):
+        raise BadInput("set max_iters or max_minutes: a run needs an end")
+    if cfg.model not in ("stlm", "gpt"):
+        raise BadInput(f"model={cfg.model} is unknown: expected stlm or gpt")
+    for key in ("block_size", "n_layer", "n_head", "n_embd", "d_byte", "n_taps", "batch_size", "grad_accum",
+                "eval_interval", "log_interval"):
+        if getattr(cfg, key) < 1:
+            raise BadInput(f"{key}={getattr(cfg, key)}: expected at least 1")
+    if cfg.n_embd % (2 * cfg.n_head):
+        raise BadInput(f"n_embd={cfg.n_embd}: expected a multiple of 2 * n_head = {2 * cfg.n_head}")
+    if not cfg.resume and rank == 0 and (Path(cfg.out_dir) / "ckpt.pt").exists():  # never over an earlier run
+        old = Path(f"{cfg.out_dir}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(cfg.out_dir, old)
+        print(f"the earlier run in {cfg.out_dir} is now in {old}")
+    return cfg, checkpoint
+
+
+def train(given):
+    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    say = print if rank == 0 else lambda *args, **kwargs: None
+    cfg, checkpoint = start(given, rank)
+    device = choose_device(cfg.device)
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{local_rank}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+    # the data; rank 0 prepares a known dataset while the others wait
+    if rank == 0:
+        folder = find_data(cfg)
+    if world > 1:
+        dist.barrier()
+        folder = find_data(cfg)
+    meta = load_meta(folder)
+    if (cfg.model == "stlm") and meta["vocab"] is not None:
+        raise BadInput(f"{folder} holds tokens, which model=gpt reads; expected symbols: prepare.py --tokenizer=bytes")
+    if checkpoint and any(checkpoint["meta"][k] != meta[k] for k in ("patcher", "vocab")):
+        raise BadInput(f"{folder} is cut with {meta['patcher']}, the checkpoint with {checkpoint['meta']['patcher']}: "
+                       "prepare the data the same way")
+    if cfg.resume and checkpoint["meta"]["sha256"] != meta["sha256"]:
+        raise BadInput(f"--resume: {folder} is not the text that this run was trained on")
+    if cfg.model == "stlm" and not cfg.max_patches:  # room for rows with 15% more patches than the average
+        cfg.max_patches = int(1.15 * cfg.block_size / meta["train"]["bytes_per_patch"])
+    data, val_data = Data(folder, "train", meta, cfg.block_size), Data(folder, "val", meta, cfg.block_size)
+
+    # the machine
+    autocast, precision, peak = choose_precision(device)
+    why_not = "--compile=false" if not cfg.compile else why_no_compile(device)
+    say(f"{device}, {torch.get_num_threads()} threads: {precision}, matmul peak {peak / 1e9:,.0f} GFLOP/s, "
+        f"compile {'off: ' + why_not if why_not else 'on'}")
+
+    # the model and its optimizers
+    torch.manual_seed(cfg.seed)
+    raw = build_model(asdict(cfg), meta["vocab"]).to(device)
+    if checkpoint:
+        raw.load_state_dict(checkpoint["model"])
+    optimizers = make_optimizers(raw, cfg)
+    it = first = 0
+    clock, best = 0.0, math.inf
+    if cfg.resume:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        it = first = checkpoint["iter"]
+        clock, best = checkpoint["clock"], checkpoint["best"]
+    if not why_not:
+        compile_blocks(raw)
+    model = torch.nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
+    say(f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters; {folder}: "
+        f"{meta['train']['bytes'] / 1e6:.1f} MB to train on, {meta['val']['bytes'] / 1e6:.1f} MB to validate on")
+
+    # the log
+    out = Path(cfg.out_dir)
+    log_path = out / "log.jsonl"
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        kept = log_path.read_text().splitlines() if cfg.resume and log_path.exists() else []
+        log_path.write_text("".join(line + "\n" for line in kept if json.loads(line)["iter"] <= first))
+
+    def write_log(**entry):
+        if rank == 0:
+            with open(log_path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save_as(name):
+        if rank == 0:
+            save(out / name, {
+                "model": raw.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "config": asdict(cfg),
+                "meta": {k: meta[k] for k in ("patcher", "tokenizer", "vocab", "sha256")},
+                "iter": it, "clock": clock, "best": best,
+            })
+
+    def tick():  # time spent on training since the last mark
+        nonlocal clock, interval, mark
+        now = time.perf_counter()
+        clock, interval, mark = clock + now - mark, interval + now - mark, now
+
+    stop = False
+
+    def ask_to_stop(*_):
+        nonlocal stop
+        stop = True
+
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+
+    # the loop: check, save, evaluate, step
+    nats = torch.zeros((), device=device)
+    n_bytes = n_patches = n_symbols = 0
+    interval, mark = 0.0, time.perf_counter()
+    while True:
+        progress = max(it / cfg.max_iters if cfg.max_iters else 0, clock / 60 / cfg.max_minutes if cfg.max_minutes else 0)
+        progress, stopping = all_ranks([progress, stop], device, "max")
+        done = progress >= 1
+        at_eval = it > first and (done or stopping or it % cfg.eval_interval == 0)
+        if n_symbols and (at_eval or it % cfg.log_interval == 0):
+            sums = all_ranks([nats.item(), n_bytes, n_patches, n_symbols], device)
+            tick()
+            if not math.isfinite(sums[0]):
+                raise BadInput(f"the loss is {sums[0]} at iteration {it}: try a lower --learning_rate; the checkpoints "
+                               f"in {out} are from before and --resume goes on from there")
+            train_bpb = sums[0] / math.log(2) / sums[1]
+            speed, patches_s = sums[1] / interval, sums[2] / interval
+            mfu = raw.flops(sums[3], sums[2]) / interval / peak / world
+            left = clock * (1 - progress) / progress
+            say(f"iter {it:5d}  train {train_bpb:.3f} bpb  {speed / 1e3:.1f} KB/s  {patches_s / 1e3:.2f}K patches/s  "
+                f"mfu {mfu:.0%}  {int(left // 60)}:{int(left % 60):02d} left", flush=True)
+            write_log(iter=it, minutes=clock / 60, train_bpb=train_bpb, bytes_per_s=speed, patches_per_s=patches_s, mfu=mfu)
+            nats.zero_()
+            n_bytes = n_patches = n_symbols = 0
+            interval = 0.0
+        if at_eval:
+            broken = [name for name, p in raw.named_parameters() if not p.isfinite().all()]
+            if broken:
+                raise BadInput(f"{broken[0]} is no longer finite at iteration {it}: try a lower --learning_rate; the "
+                               f"checkpoints in {out} are from before")
+            save_as("ckpt.pt")  # before the evaluation: a crash there loses nothing
+            if stopping and not done:
+                say(f"stopped at iteration {it}; --resume goes on from {out}/ckpt.pt")
+                break
+            val_bpb = evaluate(raw, val_data, cfg.batch_size, device, autocast, None if done else cfg.eval_bytes, rank, world)
+            say(f"iter {it:5d}  val {val_bpb:.4f} bpb" + (f" on all {meta['val']['bytes']:,} bytes" if done else ""), flush=True)
+            write_log(iter=it, minutes=clock / 60, val_bpb=val_bpb, all_of_val=done)
+            if val_bpb < best:
+                best = val_bpb
+                save_as("best.pt")
+            mark = time.perf_counter()
+        if done:
+            break
+
+        torch.manual_seed(cfg.seed + 1_000_003 * it + rank)  # dropout depends on the step alone: nothing to store
+        batches = []
+        for micro in range(cfg.grad_accum):
+            row = ((it * cfg.grad_accum + micro) * world + rank) * cfg.batch_size
+            x, y = data.training_rows(row, cfg.batch_size, cfg.seed)
+            n_bytes += int(data.n_bytes[y.numpy()].sum())
+            n_patches += int((y >= 256).sum()) if meta["vocab"] is None else y.numel()
+            n_symbols += y.numel()
+            batches.append((x.to(device), y.to(device)))
+        nats += take_step(model, optimizers, batches, autocast, lr_scale(progress, cfg)) * y.numel() * cfg.grad_accum
+        it += 1
+        if it == first + 1:  # compilation: told, not counted
+            synchronize(device)
+            say(f"first step after {time.perf_counter() - mark:.1f} s", flush=True)
+            nats.zero_()
+            n_bytes = n_patches = n_symbols = 0
+            mark = time.perf_counter()
+        tick()
+
+    if rank == 0 and done:
+        plot_log(out)
+        with torch.compiler.set_stance("force_eager"):  # its shapes change from byte to byte
+            ids = raw.generate([torch.tensor([data.separator], device=device)], cfg.sample_bytes, temperature=0.8)
+        ids = ids[0].cpu().numpy()
+        text = decode(ids) if meta["vocab"] is None else detokenize(ids, meta["vocab"])
+        say("-" * 80, text.decode("utf-8", "replace"), "-" * 80, sep="\n")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def plot_log(out):
+    """Draws out_dir/loss.png: bits per byte against minutes of training."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no loss.png: pip install matplotlib")
+        return
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    plt.figure(figsize=(7, 4))
+    for key in ("train_bpb", "val_bpb"):
+        points = [(e["minutes"], e[key]) for e in entries if key in e]
+        plt.plot(*zip(*points), label=key.replace("_bpb", ""), marker="o" if key == "val_bpb" else None)
+    plt.ylim(top=min(4.0, max(e["train_bpb"] for e in entries if "train_bpb" in e)))
+    plt.xlabel("minutes of training")
+    plt.ylabel("bits per byte")
+    plt.legend()
+    plt.grid(alpha=0.3)
+    plt.savefig(out / "loss.png", dpi=120, bbox_inches="tight")
+    plt.close()
+
+
+if __name__ == "__main__":
+    run(lambda: train(parse(sys.argv[1:])))
