@@ -77,8 +77,9 @@ def word_ends(text):
 
 
 def gpt2_ends(text):
-    """A patch is one token of GPT-2's vocabulary, as tiktoken cuts it."""
-    lengths = token_lengths("gpt2")[gpt2_tokens(text.tobytes())]
+    """A patch is one token of GPT-2's vocabulary, as tiktoken cuts it: the paper's choice."""
+    vocab = gpt2_vocab()
+    lengths = np.array([len(token) for token in vocab])[tokenize(text.tobytes(), vocab)]
     ends = np.zeros(len(text), bool)
     ends[lengths.cumsum() - 1] = True
     return ends
@@ -131,7 +132,7 @@ def tokenize(text, vocab):
             ids.append([encoder.encode_single_token(bytes([b])) for b in run.encode("utf-8", "surrogateescape")])
         else:
             ids.append(encoder.encode_to_numpy(run, disallowed_special=()))
-    return np.concatenate(ids).astype(np.uint16)
+    return np.concatenate(ids).astype(np.uint16)  # decoded by detokenize()
 
 
 def detokenize(ids, vocab):

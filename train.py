@@ -512,7 +512,7 @@ def train(given):
             train_bpb = sums[0] / math.log(2) / sums[1]
             speed, patches_s = sums[1] / interval, sums[2] / interval
             mfu = raw.flops(sums[3], sums[2]) / interval / peak / world
-            left = clock * (1 - progress) / progress
+            left = max(0.0, clock * (1 - progress) / progress)
             say(f"iter {it:5d}  train {train_bpb:.3f} bpb  {speed / 1e3:.1f} KB/s  {patches_s / 1e3:.2f}K patches/s  "
                 f"mfu {mfu:.0%}  {int(left // 60)}:{int(left % 60):02d} left", flush=True)
             write_log(iter=it, minutes=clock / 60, train_bpb=train_bpb, bytes_per_s=speed, patches_per_s=patches_s, mfu=mfu)
