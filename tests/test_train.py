@@ -1,0 +1,302 @@
+"""train.py's promises: exact resume, ranks that add up, the true score, and one clear line for bad input."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_one_clear_line, prose, read_bin, run_script
+
+import prepare as P
+import train as T
+from model import GPT, STLM, GPTConfig, STLMConfig
+
+
+def weights(out_dir):
+    return T.load_checkpoint(f"{out_dir}/ckpt.pt")["model"]
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def small_run(*more):
+    T.train(T.parse([*TINY, "--dataset=tiny", "--max_iters=12", "--eval_interval=6", *more]))
+
+
+@pytest.mark.parametrize("extra", [[], ["--dropout=0.2", "--grad_accum=2"]])
+def test_resumed_equals_uninterrupted(workdir, extra):
+    small_run("--out_dir=whole", *extra)
+    small_run("--out_dir=parts", "--max_iters=24", "--eval_interval=5", *extra)  # another schedule: only its state matters
+    shutil.rmtree("parts")
+    # stop at iteration 6 as a crash would, by keeping only that checkpoint
+    kept = {}
+    original = T.save
+
+    def keep_sixth(path, checkpoint):
+        original(path, checkpoint)
+        if checkpoint["iter"] == 6:
+            kept["file"] = Path(path).read_bytes()
+
+    T.save = keep_sixth
+    try:
+        small_run("--out_dir=parts", *extra)
+    finally:
+        T.save = original
+    Path("parts/ckpt.pt").write_bytes(kept["file"])
+    T.train(T.parse(["--out_dir=parts", "--resume"]))
+    assert_same_weights(weights("whole"), weights("parts"))
+    logs = [[json.loads(line) for line in open(f"{d}/log.jsonl")] for d in ("whole", "parts")]
+    for key in ("val_bpb", "train_bpb"):
+        assert [e[key] for e in logs[0] if key in e and e["iter"] > 10] == [e[key] for e in logs[1] if key in e and e["iter"] > 10]
+
+
+def test_sigterm_saves_and_resume_goes_on(workdir):
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=4000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("iter    20"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    stopped = T.load_checkpoint("run/ckpt.pt")["iter"]
+    assert 20 <= stopped < 4000
+    T.train(T.parse(["--out_dir=run", "--resume", f"--max_iters={stopped + 3}"]))
+    assert T.load_checkpoint("run/ckpt.pt")["iter"] == stopped + 3
+
+
+def test_two_ranks_equal_one_with_twice_the_batch(workdir):
+    common = [*TINY, "--dataset=tiny", "--max_iters=6", "--log_interval=1", "--device=cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, str(ROOT / "train.py"), *common, "--out_dir=two", "--batch_size=4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = run_script("train.py", *common, "--out_dir=one", "--batch_size=8", cwd=".", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    logs = [[json.loads(line) for line in open(f"{d}/log.jsonl")] for d in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        assert a["iter"] == b["iter"]
+        for key in ("train_bpb", "val_bpb"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=2e-3)
+    one, two = weights("one"), weights("two")
+    for name in one:  # bf16 gradients are summed in another order
+        assert (one[name] - two[name]).norm() < 0.05 * (one[name].norm() + 1e-3), name
+
+
+def test_windows_are_visited_once_an_epoch_and_apart_between_ranks(workdir):
+    meta = T.load_meta(Path("data/tiny"))
+    data = T.Data(Path("data/tiny"), "train", meta, 64)
+    data.ids = np.arange(len(data.ids)) % 500  # each window is known by where it starts
+    per_epoch = len(data.ids) // 64 - 1
+    T.epoch_order.cache_clear()
+    for epoch in (0, 1):
+        order, offset = T.epoch_order(per_epoch, 64, 7, epoch)
+        assert sorted(order) == list(range(per_epoch)) and 0 <= offset < 64
+        assert offset + per_epoch * 64 + 1 <= len(data.ids)
+        rows = [data.training_rows(epoch * per_epoch + i, 1, 7) for i in range(per_epoch)]
+        for (x, y), w in zip(rows, order):
+            start = offset + w * 64
+            assert x[0].tolist() == data.ids[start : start + 64].tolist()
+            assert y[0].tolist() == data.ids[start + 1 : start + 65].tolist()
+    assert list(T.epoch_order(per_epoch, 64, 7, 0)[0]) != list(T.epoch_order(per_epoch, 64, 7, 1)[0])
+    # what train() asks for: rank r of 2 takes rows (2 * it + r) * B to + B, so that both together cover the sequence
+    together = torch.cat([data.training_rows((2 * it + r) * 4, 4, 7)[0] for it in range(3) for r in range(2)])
+    assert torch.equal(together, data.training_rows(0, 24, 7)[0])
+
+
+@pytest.mark.parametrize("block_size", [32, 50, 64])
+def test_bits_per_byte_by_hand(workdir, block_size):
+    """A model that gives every symbol 1/512 needs 9 bits a symbol, the separators' included; only text counts below."""
+    meta = T.load_meta(Path("data/tiny"))
+    data = T.Data(Path("data/tiny"), "val", meta, block_size)
+    model = STLM(STLMConfig(block_size=block_size, max_patches=16, n_layer=1, n_head=2, n_embd=32, d_byte=16))
+    torch.nn.init.zeros_(model.wte.weight)
+    n_bytes = len(Path("val.txt").read_bytes())
+    by_hand = 9 * (n_bytes + 1) / n_bytes
+    for batch_size in (1, 7):
+        assert T.evaluate(model, data, batch_size, "cpu", T.nullcontext()) == pytest.approx(by_hand, rel=1e-6)
+    shares = [list(data.scoring_batches(3, None, rank, 3)) for rank in range(3)]  # ranks share the windows out
+    assert sum(int((y >= 0).sum()) for share in shares for _, y in share) == n_bytes + 1
+
+
+def test_bits_per_byte_of_tokens_by_hand(workdir, gpt2):
+    folder = P.prepare(["texts"], tokenizer="gpt2", val="val.txt")
+    meta = T.load_meta(folder)
+    model = GPT(GPTConfig(vocab_size=len(meta["vocab"]), block_size=32, n_layer=1, n_head=2, n_embd=8))
+    torch.nn.init.zeros_(model.wte.weight)
+    import tiktoken
+
+    text = Path("val.txt").read_bytes()
+    n_tokens = len(tiktoken.get_encoding("gpt2").encode_ordinary(text.decode())) + 1
+    by_hand = n_tokens * math.log2(50258) / len(text)
+    assert len(meta["vocab"]) == 50258
+    assert T.evaluate(model, T.Data(folder, "val", meta, 32), 4, "cpu", T.nullcontext()) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_evaluation_scores_every_symbol_in_its_context(workdir):
+    """The windows of evaluate() give each symbol the loss that the model gives it after the window so far."""
+    from conftest import random_model
+
+    meta = T.load_meta(Path("data/tiny"))
+    data, model = T.Data(Path("data/tiny"), "val", meta, 64), random_model()
+    ids = torch.from_numpy(np.concatenate([[P.SEPARATOR], read_bin("data/tiny/val.bin")]).astype(np.int64))
+    nats = 0.0
+    with torch.no_grad():
+        for i in range(0, len(ids) - 1, 64):
+            nats += model(ids[None, i : i + 64], None)[0][0].log_softmax(-1)[range(len(ids[i + 1 : i + 65])), ids[i + 1 : i + 65]].sum().item() * -1 if len(ids[i : i + 65]) == 65 else \
+                -model(ids[None, i:-1])[0][0].log_softmax(-1)[range(len(ids) - 1 - i), ids[i + 1 :]].sum().item()
+    expected = nats / math.log(2) / len(Path("val.txt").read_bytes())
+    assert T.evaluate(model, data, 5, "cpu", T.nullcontext()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_parameter_in_exactly_one_optimizer():
+    for model in (STLM(STLMConfig()), GPT(GPTConfig(vocab_size=100))):
+        held = [p for o in T.make_optimizers(model, T.Config()) for g in o.param_groups for p in g["params"]]
+        assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+
+
+def test_schedule():
+    cfg = T.Config(warmup=0.1, cooldown=0.5)
+    assert [T.lr_scale(p, cfg) for p in (0, 0.05, 0.1, 0.5, 0.75, 1.0, 1.2)] == pytest.approx([0, 0.5, 1, 1, 0.5, 0, 0])
+
+
+def test_learning_works(workdir):
+    """120 steps on repetitive text: far better than the 9 bits of no knowledge, and better than the bytes' frequencies."""
+    T.train(T.parse([*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=120", "--eval_interval=60"]))
+    entries = [json.loads(line) for line in open("run/log.jsonl")]
+    counts = np.bincount(np.frombuffer(Path("val.txt").read_bytes(), np.uint8))
+    p = counts[counts > 0] / counts.sum()
+    final = [e["val_bpb"] for e in entries if "val_bpb" in e][-1]
+    assert final < 0.75 * -(p * np.log2(p)).sum()
+    assert Path("run/loss.png").exists() or not shutil.which("matplotlib")
+
+
+def test_rival_trains_and_finetune_starts_from_a_checkpoint(workdir, gpt2):
+    P.prepare(["texts"], name="tokens", tokenizer="gpt2", val="val.txt")
+    small_run("--out_dir=rival", "--model=gpt", "--dataset=tokens", "--n_embd=16")
+    assert weights("rival")["wte.weight"].shape == (50258, 16)
+    small_run("--out_dir=base")
+    T.train(T.parse(["--init_from=base/ckpt.pt", "--dataset=tiny", "--out_dir=tuned", "--max_iters=1", "--warmup=0.5", "--compile=false"]))
+    assert_same_weights(weights("base"), weights("tuned"))  # one step of warmup from zero moves nothing
+
+
+def test_an_earlier_run_is_set_aside(workdir):
+    small_run("--out_dir=run")
+    first = weights("run")
+    small_run("--out_dir=run", "--seed=1")
+    assert_same_weights(weights("run.old"), first)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(workdir):
+    done = run_script("train.py", *TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=50", "--eval_interval=5",
+                      "--adam_learning_rate=1e38", "--warmup=0.5", cwd=".")
+    assert_one_clear_line(done, "finite" if "finite" in done.stderr else "the loss is", "--adam_learning_rate")
+    if Path("run/ckpt.pt").exists():
+        assert all(t.isfinite().all() for t in weights("run").values())
+
+
+def test_config_files_and_keys(tmp_path):
+    config = tmp_path / "with space.py"
+    config.write_bytes(b'import math\r\n_hidden = 1\r\nlearning_rate = 1\r\nout_dir = "a=b"\r\nmax_iters = 5_000\r\n')
+    given = T.parse([str(config), "--max_iters=7_0", "--compile=False", "--out_dir=c=d", "--resume"])
+    assert given == {"learning_rate": 1.0, "out_dir": "c=d", "max_iters": 70, "compile": False, "resume": True}
+    assert type(given["learning_rate"]) is float
+
+
+def test_help_lists_every_key():
+    done = run_script("train.py", "--help", cwd=".")
+    for key in T.Config.__dataclass_fields__:
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"  --{key}="))
+        assert len(line.split(None, 1)[1]) > 10  # with its line of explanation
+
+
+def test_bad_keys_get_one_clear_line(tmp_path):
+    (tmp_path / "typo.py").write_text("learning_rte = 0.1\n")
+    (tmp_path / "type.py").write_text('n_layer = "four"\n')
+    (tmp_path / "broken.py").write_text("n_layer = = 4\n")
+    for arguments, expected in [
+        (["typo.py"], "typo.py: unknown key learning_rte; did you mean learning_rate?"),
+        (["--n_layers=3"], "did you mean n_layer?"),
+        (["type.py"], "type.py: n_layer='four' is not of type int"),
+        (["broken.py"], "broken.py: SyntaxError"),
+        (["missing.py"], "no config file missing.py"),
+        (["--n_layer=2.5"], "n_layer=2.5 is not of type int"),
+        (["--compile=maybe"], "not of type bool"),
+        (["--learning_rate"], "expected --key=value"),
+        (["--n_embd=100", "--n_head=3"], "expected a multiple of 2 * n_head"),
+        (["--n_layer=0"], "expected at least 1"),
+        (["--max_iters=0"], "a run needs an end"),
+        (["--model=bert"], "expected stlm or gpt"),
+        (["--dataset=nothing"], "no dataset in data/nothing"),
+        (["--device=quantum"], "--device=quantum does not work here"),
+        (["--resume", "--out_dir=none"], "no checkpoint none/ckpt.pt"),
+    ]:
+        assert_one_clear_line(run_script("train.py", *arguments, cwd=tmp_path), expected)
+
+
+def test_bad_files_get_one_clear_line(workdir):
+    small_run("--out_dir=run")
+    good = Path("run/ckpt.pt").read_bytes()
+    train, meta = Path("data/tiny/train.bin"), Path("data/tiny/meta.json")
+    symbols, described = train.read_bytes(), meta.read_bytes()
+    base = [*TINY, "--dataset=tiny", "--out_dir=again", "--max_iters=3"]
+
+    def refused(arguments, *expected):
+        assert_one_clear_line(run_script("train.py", *arguments, cwd=workdir), *expected)
+
+    refused([*base, "--block_size=100000"], "block_size=100000 is too long")
+    refused(["--resume", "--out_dir=run", "--n_layer=2", "--seed=5"], "n_layer, seed differ")
+    train.write_bytes(symbols[:-1])
+    refused(base, "train.bin is not the file that prepare.py wrote")
+    train.write_bytes(b"\xff\xff" * (len(symbols) // 2))
+    refused(base, "train.bin is corrupt: it holds 65535")
+    train.write_bytes(symbols)
+    meta.write_bytes(described[:50])
+    refused(base, "data/tiny is damaged")
+    meta.write_bytes(described.replace(b'"words"', b'"fixed:4"'))
+    refused(["--resume", "--out_dir=run", "--max_iters=20"], "cut with fixed:4, the checkpoint with words")
+    meta.write_bytes(described)
+    for bad in (good[: len(good) // 2], b"", b"hello", good[:1000] + bytes(5000) + good[6000:]):
+        Path("run/ckpt.pt").write_bytes(bad)
+        refused(["--resume", "--out_dir=run", "--max_iters=20"], "run/ckpt.pt is damaged or not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, "run/ckpt.pt")
+    refused(["--resume", "--out_dir=run"], "not a checkpoint of this project")
+
+    class Evil:
+        def __reduce__(self):
+            return (os.system, ("touch pwned",))
+
+    torch.save({"model": Evil()}, "run/ckpt.pt")
+    refused(["--resume", "--out_dir=run"], "not a checkpoint of this project")
+    assert not Path("pwned").exists()
+    Path("file").write_text("")
+    refused([*base, "--out_dir=file/run"], "file/run")
+
+
+def test_compiled_equals_eager(workdir):
+    """torch.compile changes speed, not results (to rounding); where there is no compiler one line says so."""
+    if T.why_no_compile("cpu"):
+        pytest.skip(f"torch.compile does not work here: {T.why_no_compile('cpu')}")
+    torch.manual_seed(0)
+    from conftest import random_model, symbols
+
+    model, x = random_model(), symbols(65)[None]
+    with torch.no_grad():
+        eager = model(x[:, :-1], x[:, 1:])[1].item()
+        T.compile_blocks(model)
+        assert model(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(eager, rel=1e-4)
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+def test_no_compiler_is_one_line(workdir):
+    hidden = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(workdir / "cache")}
+    arguments = [a for a in TINY if a != "--compile=false"]
+    done = run_script("train.py", *arguments, "--dataset=tiny", "--out_dir=run", "--max_iters=3", cwd=workdir, env=hidden)
+    assert done.returncode == 0, done.stderr
+    assert "compile off: " in done.stdout and "no-such-compiler" in done.stdout + done.stderr
