@@ -3,13 +3,16 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
 
     python bench.py                                        # config/stlm_10m.py and config/gpt_10m.py
     python bench.py config/stlm_50m.py                     # and config/gpt_50m.py
-    python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=288 --n_head=9 --n_layer=8    # another rival
+    python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
+    python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
 
 Both read the standard library's source, so no download is needed; keys after the configs change the rival. Each model
 runs in a process of its own, one after the other. Figures are medians; the last column is ours over the rival's.
 """
+import bz2
+import gzip
 import json
-import os
+import lzma
 import resource
 import statistics
 import subprocess
@@ -21,8 +24,7 @@ from pathlib import Path
 import torch
 
 import train as T
-from model import STLM
-from prepare import BadInput, run
+from prepare import BadInput, decode, detokenize, run
 
 STEPS, WARMUP, NEW_BYTES = 12, 3, 256
 
@@ -84,6 +86,17 @@ def measure(given):
     }
 
 
+def compress(folder):
+    """Bits per byte of the validation text in general compressors at their strongest setting."""
+    meta = T.load_meta(Path(folder))
+    ids = T.Data(Path(folder), "val", meta, 1).ids
+    text = decode(ids) if meta["vocab"] is None else detokenize(ids, meta["vocab"])
+    print(f"{folder}: {len(text):,} bytes of validation text, in bits per byte")
+    for name, packed in (("gzip -9", gzip.compress(text, 9)), ("bzip2 -9", bz2.compress(text, 9)),
+                         ("xz -9e", lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))):
+        print(f"{name:10}{8 * len(packed) / len(text):8.3f}")
+
+
 def main():
     files = [arg for arg in sys.argv[1:] if not arg.startswith("--")] or ["config/stlm_10m.py"]
     keys = [arg for arg in sys.argv[1:] if arg.startswith("--")]
@@ -94,6 +107,8 @@ def main():
     if "--help" in keys:
         print(__doc__)
         return
+    if keys and keys[0].startswith("--compress="):
+        return compress(keys[0].removeprefix("--compress="))
     if len(files) == 1:
         files.append(files[0].replace("stlm_", "gpt_"))
     results = []

@@ -39,7 +39,7 @@ class STLMConfig:
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50258  # GPT-2's 50,257 tokens and the separator
+    vocab_size: int = 50257  # of GPT-2, the separator included
     block_size: int = 128    # tokens in a row
     n_layer: int = 4
     n_head: int = 3

@@ -108,6 +108,11 @@ def decode(symbols):
     return (symbols[symbols != SEPARATOR] & 0xFF).astype(np.uint8).tobytes()
 
 
+def printable(text):
+    """text (str) without characters that a terminal would obey instead of show: they appear as \\x1b and the like."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # tokens, for the rival. A vocabulary is a list of strings, id -> its bytes as latin-1; the last, "", is the separator
 
@@ -247,13 +252,20 @@ def file_documents(path):
             yield io.BytesIO(text)
 
 
+def read(file):
+    try:
+        return file.read(PIECE)
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
+        raise BadInput(f"{getattr(file, 'name', 'an input')} is not a whole .gz or .xz file: {error}")
+
+
 LINE_END = re.compile(rb"\S\n(?=\S)")
 
 
 def pieces(file):
     """Yields (text, last) for one document: pieces of about PIECE bytes, cut where no patch or token can straddle."""
     text = b""
-    while more := file.read(PIECE):
+    while more := read(file):
         text += more
         if len(text) > PIECE:
             # after a line end that stands between two non-space bytes; in text without any, where the piece ends
@@ -374,8 +386,9 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
 
     # read and cut: the reading is watched as it goes by, for the checksum and the progress bar
     sha256 = hashlib.sha256()
-    total = sum(os.path.getsize(p) for p in paths if p != "-") if not any(str(p).endswith(("gz", "xz", "-")) for p in paths) else None
-    bar = tqdm(total=total or None, unit="B", unit_scale=True, desc=str(folder))
+    plain = paths and not any(str(p).endswith(("gz", "xz", "-")) for p in paths)
+    total = sum(map(os.path.getsize, paths + val_paths)) if plain else None
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=str(folder), disable=None)
 
     def watched():
         for batch in batches(documents(), val_fraction):
@@ -389,8 +402,6 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
             for parts in parallel_map(partial(cut, patcher=patcher, vocab=vocab), watched(), os.cpu_count() or 1):
                 parts[0].tofile(train)
                 parts[1].tofile(val_file)
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
-        raise BadInput(f"an input is not a whole .gz or .xz file: {error}")
     finally:
         bar.close()
     for a, b in (("val", "train"), ("train", "val")):  # chance, or too few documents, may leave one of them empty

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from model import GPT
-from prepare import BadInput, Parser, decode, detokenize, encode, run, tokenize, write_atomically
+from prepare import BadInput, Parser, decode, detokenize, encode, printable, run, tokenize, write_atomically
 from train import build_model, choose_device, load_checkpoint
 
 
@@ -101,7 +101,7 @@ def score(model, text):
         raise BadInput("the text to score has zero bytes: expected at least one")
     ids, N = to_ids(model, text), model.config.block_size
     nats = torch.cat([
-        model(ids[None, i : i + N], ids[None, i + 1 : i + N + 1], reduction="none")[1] for i in range(0, len(ids) - 1, N)
+        model(x[None], y[None], reduction="none")[1] for x, y in zip(ids[:-1].split(N), ids[1:].split(N))
     ]).cpu().numpy()
     lengths = np.array([max(1, len(to_bytes(model, [i]))) for i in ids[1:].tolist()])
     bits = np.repeat(nats / math.log(2) / lengths, lengths)  # a token's bits are shared among its bytes
@@ -112,11 +112,6 @@ def score(model, text):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # showing
-
-
-def printable(text):
-    """text without control characters that a terminal would obey: they appear as \\x1b and the like."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 def characters(text, bits, ends):

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, STLM, SEPARATOR, Block, ByteBlock, GPTConfig, STLMConfig
-from prepare import KNOWN, BadInput, detokenize, decode, folder_name, prepare, run
+from prepare import KNOWN, BadInput, decode, detokenize, folder_name, prepare, printable, run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the configuration: every key, once. The comment behind a key is what --help prints.
@@ -48,7 +48,7 @@ class Config(STLMConfig):  # and the sizes of the model, from model.py
     init_from: str = ""               # a checkpoint whose weights to start from: finetuning
     resume: bool = False              # go on from out_dir/ckpt.pt
     seed: int = 1337                  # of the weights and of the order of the data
-    batch_size: int = 8               # rows a step, on each device
+    batch_size: int = 8               # rows a step
     grad_accum: int = 1               # batches whose gradients are added up before a step
     max_iters: int = 5000             # steps; 0 = until max_minutes
     max_minutes: float = 0.0          # minutes of training, compilation and evaluation not counted; 0 = until max_iters
@@ -79,7 +79,7 @@ def parse(argv):
             near = difflib.get_close_matches(key, types, 1)
             raise BadInput(f"{where}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
         kind = types[key]
-        if isinstance(value, str) and kind is not str:  # from the command line
+        if where == "command line" and kind is not str:
             try:
                 value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value.replace("_", ""))
             except (KeyError, ValueError):
@@ -101,7 +101,7 @@ def parse(argv):
             key, equals, value = arg[2:].partition("=")
             if not equals and types.get(key) is not bool:
                 raise BadInput(f"{arg}: expected --key=value")
-            put(key, value if equals else True, "command line")
+            put(key, value if equals else "true", "command line")
         else:
             if not os.path.isfile(arg):
                 raise BadInput(f"no config file {arg}; keys are set as --key=value")
@@ -255,7 +255,7 @@ def evaluate(model, data, batch_size, device, autocast, n_text=None, rank=0, wor
         with autocast:
             _, loss = model(x.to(device), y.to(device), reduction="sum")
         nats += loss.item()
-        n_bytes += data.n_bytes[y[y >= 0].numpy()].sum()
+        n_bytes += int(data.n_bytes[y[y >= 0].numpy()].sum())
     model.train()
     nats, n_bytes = all_ranks([nats, n_bytes], device)
     return nats / math.log(2) / n_bytes
@@ -507,8 +507,8 @@ def train(given):
             sums = all_ranks([nats.item(), n_bytes, n_patches, n_symbols], device)
             tick()
             if not math.isfinite(sums[0]):
-                raise BadInput(f"the loss is {sums[0]} at iteration {it}: try a lower --learning_rate; the checkpoints "
-                               f"in {out} are from before and --resume goes on from there")
+                raise BadInput(f"the loss is {sums[0]} at iteration {it}: try lower learning rates; the checkpoints in "
+                               f"{out} are from before")
             train_bpb = sums[0] / math.log(2) / sums[1]
             speed, patches_s = sums[1] / interval, sums[2] / interval
             mfu = raw.flops(sums[3], sums[2]) / interval / peak / world
@@ -522,8 +522,8 @@ def train(given):
         if at_eval:
             broken = [name for name, p in raw.named_parameters() if not p.isfinite().all()]
             if broken:
-                raise BadInput(f"{broken[0]} is no longer finite at iteration {it}: try a lower --learning_rate; the "
-                               f"checkpoints in {out} are from before")
+                raise BadInput(f"{broken[0]} is no longer finite at iteration {it}: try lower learning rates; "
+                               f"the checkpoints in {out} are from before")
             save_as("ckpt.pt")  # before the evaluation: a crash there loses nothing
             if stopping and not done:
                 say(f"stopped at iteration {it}; --resume goes on from {out}/ckpt.pt")
@@ -563,7 +563,7 @@ def train(given):
             ids = raw.generate([torch.tensor([data.separator], device=device)], cfg.sample_bytes, temperature=0.8)
         ids = ids[0].cpu().numpy()
         text = decode(ids) if meta["vocab"] is None else detokenize(ids, meta["vocab"])
-        say("-" * 80, text.decode("utf-8", "replace"), "-" * 80, sep="\n")
+        say("-" * 80, printable(text.decode("utf-8", "replace")), "-" * 80, sep="\n")
     if world > 1:
         dist.destroy_process_group()
 
@@ -580,10 +580,9 @@ def plot_log(out):
         return
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     plt.figure(figsize=(7, 4))
-    for key in ("train_bpb", "val_bpb"):
-        points = [(e["minutes"], e[key]) for e in entries if key in e]
-        plt.plot(*zip(*points), label=key.replace("_bpb", ""), marker="o" if key == "val_bpb" else None)
-    plt.ylim(top=min(4.0, max(e["train_bpb"] for e in entries if "train_bpb" in e)))
+    for key, style in (("train_bpb", "-"), ("val_bpb", "o-")):
+        points = [(e["minutes"], min(e[key], 4.0)) for e in entries if key in e]  # the first lines would hide the rest
+        plt.plot([x for x, _ in points], [y for _, y in points], style, label=key.removesuffix("_bpb"))
     plt.xlabel("minutes of training")
     plt.ylabel("bits per byte")
     plt.legend()

@@ -6,13 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
-from conftest import ROOT, TINY, assert_one_clear_line, prose, read_bin, run_script
+import torch.nn.functional as F
+from conftest import ROOT, TINY, assert_one_clear_line, random_model, read_bin, run_script, symbols
 
 import prepare as P
 import train as T
@@ -34,8 +35,6 @@ def small_run(*more):
 @pytest.mark.parametrize("extra", [[], ["--dropout=0.2", "--grad_accum=2"]])
 def test_resumed_equals_uninterrupted(workdir, extra):
     small_run("--out_dir=whole", *extra)
-    small_run("--out_dir=parts", "--max_iters=24", "--eval_interval=5", *extra)  # another schedule: only its state matters
-    shutil.rmtree("parts")
     # stop at iteration 6 as a crash would, by keeping only that checkpoint
     kept = {}
     original = T.save
@@ -74,19 +73,21 @@ def test_sigterm_saves_and_resume_goes_on(workdir):
 def test_two_ranks_equal_one_with_twice_the_batch(workdir):
     common = [*TINY, "--dataset=tiny", "--max_iters=6", "--log_interval=1", "--device=cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, str(ROOT / "train.py"), *common, "--out_dir=two", "--batch_size=4"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    done = run_script("train.py", *common, "--out_dir=one", "--batch_size=8", cwd=".", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    fp32 = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}  # without fast bf16, so sums differ less
+    command = [*torchrun, str(ROOT / "train.py"), *common, "--out_dir=two", "--batch_size=4"]
+    done = subprocess.run(command, capture_output=True, text=True, env=fp32)
+    assert done.returncode == 0 and ": fp32" in done.stdout, done.stderr
+    done = run_script("train.py", *common, "--out_dir=one", "--batch_size=8", cwd=".", env=fp32)
     assert done.returncode == 0, done.stderr
     logs = [[json.loads(line) for line in open(f"{d}/log.jsonl")] for d in ("one", "two")]
     for a, b in zip(*logs, strict=True):
         assert a["iter"] == b["iter"]
         for key in ("train_bpb", "val_bpb"):
             if key in a:
-                assert a[key] == pytest.approx(b[key], rel=2e-3)
+                assert a[key] == pytest.approx(b[key], rel=1e-4)
     one, two = weights("one"), weights("two")
-    for name in one:  # bf16 gradients are summed in another order
-        assert (one[name] - two[name]).norm() < 0.05 * (one[name].norm() + 1e-3), name
+    for name in one:  # Muon orthogonalises in bf16
+        assert (one[name] - two[name]).norm() < 0.01 * one[name].norm() + 1e-4, name
 
 
 def test_windows_are_visited_once_an_epoch_and_apart_between_ranks(workdir):
@@ -130,27 +131,21 @@ def test_bits_per_byte_of_tokens_by_hand(workdir, gpt2):
     meta = T.load_meta(folder)
     model = GPT(GPTConfig(vocab_size=len(meta["vocab"]), block_size=32, n_layer=1, n_head=2, n_embd=8))
     torch.nn.init.zeros_(model.wte.weight)
-    import tiktoken
-
     text = Path("val.txt").read_bytes()
     n_tokens = len(tiktoken.get_encoding("gpt2").encode_ordinary(text.decode())) + 1
-    by_hand = n_tokens * math.log2(50258) / len(text)
-    assert len(meta["vocab"]) == 50258
+    by_hand = n_tokens * math.log2(50257) / len(text)
+    assert len(meta["vocab"]) == 50257
     assert T.evaluate(model, T.Data(folder, "val", meta, 32), 4, "cpu", T.nullcontext()) == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_evaluation_scores_every_symbol_in_its_context(workdir):
     """The windows of evaluate() give each symbol the loss that the model gives it after the window so far."""
-    from conftest import random_model
-
     meta = T.load_meta(Path("data/tiny"))
     data, model = T.Data(Path("data/tiny"), "val", meta, 64), random_model()
     ids = torch.from_numpy(np.concatenate([[P.SEPARATOR], read_bin("data/tiny/val.bin")]).astype(np.int64))
-    nats = 0.0
     with torch.no_grad():
-        for i in range(0, len(ids) - 1, 64):
-            nats += model(ids[None, i : i + 64], None)[0][0].log_softmax(-1)[range(len(ids[i + 1 : i + 65])), ids[i + 1 : i + 65]].sum().item() * -1 if len(ids[i : i + 65]) == 65 else \
-                -model(ids[None, i:-1])[0][0].log_softmax(-1)[range(len(ids) - 1 - i), ids[i + 1 :]].sum().item()
+        windows = [(ids[i : i + 64], ids[i + 1 : i + 65]) for i in range(0, len(ids) - 1, 64)]
+        nats = sum(F.cross_entropy(model(x[None, : len(y)])[0][0], y, reduction="sum").item() for x, y in windows)
     expected = nats / math.log(2) / len(Path("val.txt").read_bytes())
     assert T.evaluate(model, data, 5, "cpu", T.nullcontext()) == pytest.approx(expected, rel=1e-5)
 
@@ -180,7 +175,7 @@ def test_learning_works(workdir):
 def test_rival_trains_and_finetune_starts_from_a_checkpoint(workdir, gpt2):
     P.prepare(["texts"], name="tokens", tokenizer="gpt2", val="val.txt")
     small_run("--out_dir=rival", "--model=gpt", "--dataset=tokens", "--n_embd=16")
-    assert weights("rival")["wte.weight"].shape == (50258, 16)
+    assert weights("rival")["wte.weight"].shape == (50257, 16)
     small_run("--out_dir=base")
     T.train(T.parse(["--init_from=base/ckpt.pt", "--dataset=tiny", "--out_dir=tuned", "--max_iters=1", "--warmup=0.5", "--compile=false"]))
     assert_same_weights(weights("base"), weights("tuned"))  # one step of warmup from zero moves nothing
@@ -196,7 +191,7 @@ def test_an_earlier_run_is_set_aside(workdir):
 def test_a_loss_that_is_not_finite_stops_the_run(workdir):
     done = run_script("train.py", *TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=50", "--eval_interval=5",
                       "--adam_learning_rate=1e38", "--warmup=0.5", cwd=".")
-    assert_one_clear_line(done, "finite" if "finite" in done.stderr else "the loss is", "--adam_learning_rate")
+    assert_one_clear_line(done, "finite" if "finite" in done.stderr else "the loss is nan at iteration", "try lower learning rates")
     if Path("run/ckpt.pt").exists():
         assert all(t.isfinite().all() for t in weights("run").values())
 
@@ -213,7 +208,7 @@ def test_help_lists_every_key():
     done = run_script("train.py", "--help", cwd=".")
     for key in T.Config.__dataclass_fields__:
         line = next(line for line in done.stdout.splitlines() if line.startswith(f"  --{key}="))
-        assert len(line.split(None, 1)[1]) > 10  # with its line of explanation
+        assert len(line.split(None, 1)[1]) > 5  # with its line of explanation
 
 
 def test_bad_keys_get_one_clear_line(tmp_path):
@@ -284,8 +279,6 @@ def test_compiled_equals_eager(workdir):
     if T.why_no_compile("cpu"):
         pytest.skip(f"torch.compile does not work here: {T.why_no_compile('cpu')}")
     torch.manual_seed(0)
-    from conftest import random_model, symbols
-
     model, x = random_model(), symbols(65)[None]
     with torch.no_grad():
         eager = model(x[:, :-1], x[:, 1:])[1].item()
