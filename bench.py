@@ -60,7 +60,7 @@ def measure(given):
         n_bytes += int(data.n_bytes[y.numpy()].sum())
         n_symbols += y.numel()
         n_patches += int((y >= 256).sum()) if meta["vocab"] is None else y.numel()
-    step = statistics.median(times)
+    step, flops = statistics.median(times), T.model_flops(model, n_symbols, n_patches)
     cuda = device.startswith("cuda")
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -79,7 +79,7 @@ def measure(given):
         "bytes of text a step": n_bytes / STEPS,
         "training, KB/s": n_bytes / STEPS / step / 1e3,
         "training, ms a step": step * 1e3,
-        f"MFU, % of {peak / 1e9:,.0f} GFLOP/s in {precision}": 100 * model.flops(n_symbols, n_patches) / STEPS / step / peak,
+        f"MFU, % of {peak / 1e9:,.0f} GFLOP/s ({precision})": 100 * flops / STEPS / step / peak,
         "first step, s (compilation)": first,
         "peak memory, MB": memory / 1e6,
         "generation, one row, KB/s": statistics.median(speeds[1:]) / 1e3,

@@ -37,16 +37,6 @@ class STLMConfig:
     dropout: float = 0.0     # in the residual branches
 
 
-@dataclass
-class GPTConfig:
-    vocab_size: int = 50257  # of GPT-2, the separator included
-    block_size: int = 128    # tokens in a row
-    n_layer: int = 4
-    n_head: int = 3
-    n_embd: int = 192
-    dropout: float = 0.0
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # layers
 
@@ -102,7 +92,7 @@ class Block(nn.Module):
 
 
 class ByteBlock(nn.Module):
-    """One byte layer: a gated causal depthwise convolution (as in LFM2, arXiv 2511.23404) mixes a few bytes, then an MLP."""
+    """One byte layer: a gated causal depthwise convolution of a few bytes (LFM2, arXiv 2511.23404), then an MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -139,7 +129,7 @@ def rotate(x, rope):
 
 
 def init_weights(model):
-    """Residual branches start at zero, so every layer begins as the identity; the other matrices keep the scale of x."""
+    """Residual branches start at zero: every layer begins as the identity. Other matrices keep the scale of x."""
     for name, p in model.named_parameters():
         if name.endswith(("out.weight", "mlp.down.weight")):
             nn.init.zeros_(p)
@@ -287,7 +277,7 @@ class STLM(LanguageModel):
 
     def encode(self, x, cache=None):
         z = self.wte(x)
-        if self.ngram is not None:  # the 2, 3 and 4 symbols up to here, hashed into one table, as in BLT (arXiv 2412.09871)
+        if self.ngram is not None:  # the last 2, 3 and 4 symbols, hashed into one table: BLT (arXiv 2412.09871)
             N, past = x.size(1), with_past(x[..., None], 3, self, cache)[..., 0]  # (B, 3 + N)
             code = x
             for n in 1, 2, 3:
@@ -346,14 +336,6 @@ class STLM(LanguageModel):
             begin = max(begin, int(ends[-(c.max_patches // 2) - 1]) + 1)
         return row[min(begin, len(row) - 1) :]
 
-    def flops(self, n_symbols, n_patches):
-        """Operations of a training step that are the model's own: 6 a parameter in a matrix, and attention."""
-        c = self.config
-        core = sum(p.numel() for p in self.blocks.parameters()) + 2 * c.d_byte * c.n_embd
-        byte_layers = sum(p.numel() for m in (self.encoder, self.decoder, self.wte) for p in m.parameters())
-        attention = 6 * c.n_layer * c.n_embd * n_patches * n_patches * c.block_size / n_symbols
-        return 6 * core * n_patches + 6 * byte_layers * n_symbols + attention
-
 
 def rows_at(x, i):
     """x (B, N, C) at positions i (B, M): (B, M, C)."""
@@ -361,12 +343,15 @@ def rows_at(x, i):
 
 
 class GPT(LanguageModel):
-    """The rival: a base transformer of the same Blocks over tokens, with its token table tied to the output."""
+    """The rival: a base transformer of the same Blocks over tokens, with its token table tied to the output.
 
-    def __init__(self, config):
+    block_size counts tokens here, and of the config only block_size, n_layer, n_head, n_embd and dropout matter.
+    """
+
+    def __init__(self, config, vocab_size=50257):
         super().__init__()
         self.config = c = config
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wte = nn.Embedding(vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.register_buffer("rope", rope_table(c.block_size, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
@@ -398,30 +383,24 @@ class GPT(LanguageModel):
     def fit(self, row):
         return row if len(row) <= self.config.block_size else row[-max(1, self.config.block_size // 2) :]
 
-    def flops(self, n_tokens, n_patches=None):
-        c = self.config
-        return 6 * sum(p.numel() for p in self.parameters()) * n_tokens + 6 * c.n_layer * c.n_embd * n_tokens * c.block_size
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def print_sizes():
     """Parameters of the shipped configs, table by table."""
-    print(f"{'config':12} {'total':>8} {'core':>8} {'bytes':>8} {'n-grams':>8} {'table':>8}   a GPT-2 table as wide")
+    print("config         total    core   bytes  n-grams  table   GPT-2's 50,257 rows at the same width")
     for path in sorted(Path(__file__).parent.glob("config/*.py")):
-        values = runpy.run_path(path)
-        if "n_embd" not in values or values.get("model") == "gpt":
+        values = runpy.run_path(str(path))
+        if "d_byte" not in values:  # a rival, or one that takes its sizes from a checkpoint
             continue
-        config = STLMConfig(**{f.name: values[f.name] for f in fields(STLMConfig) if f.name in values})
-        with torch.device("meta"):
-            model = STLM(config)
-        count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-        core = count["blocks"] + count["up"] + count["down"]
-        byte_layers = count["encoder"] + count["decoder"] + config.d_byte
-        total, gpt2 = sum(p.numel() for p in model.parameters()), 50257 * config.n_embd
-        sizes = "".join(f"{n / 1e6:8.2f}M" for n in (total, core, byte_layers, count.get("ngram", 0), count["wte"]))
-        print(f"{path.stem:12}{sizes}   {gpt2 / 1e6:.2f}M: ours is {1 - count['wte'] / gpt2:.1%} smaller")
+        with torch.device("meta"):  # shapes without memory
+            model = STLM(STLMConfig(**{f.name: values[f.name] for f in fields(STLMConfig) if f.name in values}))
+        n = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
+        core, byte_layers = n["blocks"] + n["up"] + n["down"], n["encoder"] + n["decoder"]
+        gpt2 = 50257 * model.config.n_embd / 1e6
+        print(f"{path.stem:12}{sum(n.values()):7.2f}M{core:7.2f}M{byte_layers:7.2f}M{n.get('ngram', 0):7.2f}M"
+              f"{n['wte']:7.2f}M{gpt2:8.2f}M: our table is {1 - n['wte'] / gpt2:.1%} smaller")
 
 
 if __name__ == "__main__":

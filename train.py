@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, SEPARATOR, Block, ByteBlock, GPTConfig, STLMConfig
+from model import GPT, STLM, Block, ByteBlock, STLMConfig
 from prepare import KNOWN, BadInput, decode, detokenize, folder_name, prepare, printable, run
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ class Data:
         n_text: score about that many bytes of text, in windows spread evenly over the file; None = all of it.
         """
         n_windows = -(-len(self.ids) // self.N)
-        some = n_windows if n_text is None else min(n_windows, max(1, int(n_windows * n_text / self.n_text)))
-        windows = np.linspace(0, n_windows - 1, some).astype(int)[rank::world]
+        share = 1 if n_text is None else min(1, n_text / self.n_text)
+        windows = np.linspace(0, n_windows - 1, max(1, int(n_windows * share))).astype(int)[rank::world]
         for i in range(0, len(windows), batch_size):
             x = torch.full((batch_size, self.N), self.separator)
             y = torch.full((batch_size, self.N), -100)
@@ -293,6 +293,15 @@ def matmul_peak(device, dtype):
     return 2 * n**3 / min(times)
 
 
+def model_flops(model, n_symbols, n_patches):
+    """Operations of training on so much text that are the model's own: 6 for each parameter of a matrix it passes, and
+    attention. The core sees patches, the rest symbols; for the rival both are tokens."""
+    count = lambda *parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
+    c, core, rest = model.config, count("blocks", "up", "down"), count("encoder", "decoder", "wte")
+    patches_a_row = n_patches * c.block_size / n_symbols
+    return 6 * (core * n_patches + rest * n_symbols + c.n_layer * c.n_embd * n_patches * patches_a_row)
+
+
 def choose_device(wanted):
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -355,19 +364,16 @@ def load_checkpoint(path, device="cpu"):
 
 
 def build_model(config, vocab):
-    """The model of a config (a dict of train.py's keys)."""
-    kind, size = (STLM, STLMConfig) if config["model"] == "stlm" else (GPT, GPTConfig)
-    values = {f.name: config[f.name] for f in fields(size) if f.name in config}
-    if kind is GPT:
-        values["vocab_size"] = 512 if vocab is None else len(vocab)
-    return kind(size(**values))
+    """The model of a config (a dict of train.py's keys), for symbols or for a vocabulary of tokens."""
+    size = STLMConfig(**{f.name: config[f.name] for f in fields(STLMConfig) if f.name in config})
+    return STLM(size) if config["model"] == "stlm" else GPT(size, 512 if vocab is None else len(vocab))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the run
 
 
-def start(given, rank):
+def start(given):
     """Settles the configuration of a run from the keys given and from the checkpoint it goes on from, if any."""
     cfg, checkpoint = Config(**given), None
     if cfg.resume:
@@ -397,22 +403,17 @@ def start(given, rank):
             raise BadInput(f"{key}={getattr(cfg, key)}: expected at least 1")
     if cfg.n_embd % (2 * cfg.n_head):
         raise BadInput(f"n_embd={cfg.n_embd}: expected a multiple of 2 * n_head = {2 * cfg.n_head}")
-    if not cfg.resume and rank == 0 and (Path(cfg.out_dir) / "ckpt.pt").exists():  # never over an earlier run
-        old = Path(f"{cfg.out_dir}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(cfg.out_dir, old)
-        print(f"the earlier run in {cfg.out_dir} is now in {old}")
     return cfg, checkpoint
 
 
 def train(given):
-    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     say = print if rank == 0 else lambda *args, **kwargs: None
-    cfg, checkpoint = start(given, rank)
+    cfg, checkpoint = start(given)
     device = choose_device(cfg.device)
     if world > 1:
         if device == "cuda":
-            device = f"cuda:{local_rank}"
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
@@ -423,7 +424,7 @@ def train(given):
         dist.barrier()
         folder = find_data(cfg)
     meta = load_meta(folder)
-    if (cfg.model == "stlm") and meta["vocab"] is not None:
+    if cfg.model == "stlm" and meta["vocab"] is not None:
         raise BadInput(f"{folder} holds tokens, which model=gpt reads; expected symbols: prepare.py --tokenizer=bytes")
     if checkpoint and any(checkpoint["meta"][k] != meta[k] for k in ("patcher", "vocab")):
         raise BadInput(f"{folder} is cut with {meta['patcher']}, the checkpoint with {checkpoint['meta']['patcher']}: "
@@ -463,6 +464,10 @@ def train(given):
     out = Path(cfg.out_dir)
     log_path = out / "log.jsonl"
     if rank == 0:
+        if not cfg.resume and (out / "ckpt.pt").exists():  # never over an earlier run
+            shutil.rmtree(f"{out}.old", ignore_errors=True)
+            os.replace(out, f"{out}.old")
+            say(f"the earlier run in {out} is now in {out}.old")
         out.mkdir(parents=True, exist_ok=True)
         kept = log_path.read_text().splitlines() if cfg.resume and log_path.exists() else []
         log_path.write_text("".join(line + "\n" for line in kept if json.loads(line)["iter"] <= first))
@@ -499,7 +504,7 @@ def train(given):
     n_bytes = n_patches = n_symbols = 0
     interval, mark = 0.0, time.perf_counter()
     while True:
-        progress = max(it / cfg.max_iters if cfg.max_iters else 0, clock / 60 / cfg.max_minutes if cfg.max_minutes else 0)
+        progress = max(it / (cfg.max_iters or math.inf), clock / 60 / (cfg.max_minutes or math.inf))
         progress, stopping = all_ranks([progress, stop], device, "max")
         done = progress >= 1
         at_eval = it > first and (done or stopping or it % cfg.eval_interval == 0)
@@ -511,11 +516,12 @@ def train(given):
                                f"{out} are from before")
             train_bpb = sums[0] / math.log(2) / sums[1]
             speed, patches_s = sums[1] / interval, sums[2] / interval
-            mfu = raw.flops(sums[3], sums[2]) / interval / peak / world
+            mfu = model_flops(raw, sums[3], sums[2]) / interval / peak / world
             left = max(0.0, clock * (1 - progress) / progress)
             say(f"iter {it:5d}  train {train_bpb:.3f} bpb  {speed / 1e3:.1f} KB/s  {patches_s / 1e3:.2f}K patches/s  "
                 f"mfu {mfu:.0%}  {int(left // 60)}:{int(left % 60):02d} left", flush=True)
-            write_log(iter=it, minutes=clock / 60, train_bpb=train_bpb, bytes_per_s=speed, patches_per_s=patches_s, mfu=mfu)
+            write_log(iter=it, minutes=clock / 60, train_bpb=train_bpb, bytes_per_s=speed, patches_per_s=patches_s,
+                      mfu=mfu)
             nats.zero_()
             n_bytes = n_patches = n_symbols = 0
             interval = 0.0
@@ -528,8 +534,10 @@ def train(given):
             if stopping and not done:
                 say(f"stopped at iteration {it}; --resume goes on from {out}/ckpt.pt")
                 break
-            val_bpb = evaluate(raw, val_data, cfg.batch_size, device, autocast, None if done else cfg.eval_bytes, rank, world)
-            say(f"iter {it:5d}  val {val_bpb:.4f} bpb" + (f" on all {meta['val']['bytes']:,} bytes" if done else ""), flush=True)
+            n_text = None if done else cfg.eval_bytes
+            val_bpb = evaluate(raw, val_data, cfg.batch_size, device, autocast, n_text, rank, world)
+            of = f" on all {meta['val']['bytes']:,} bytes" if done else ""
+            say(f"iter {it:5d}  val {val_bpb:.4f} bpb{of}", flush=True)
             write_log(iter=it, minutes=clock / 60, val_bpb=val_bpb, all_of_val=done)
             if val_bpb < best:
                 best = val_bpb

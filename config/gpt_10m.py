@@ -1,4 +1,4 @@
-# The rival of stlm_10m: a base transformer with GPT-2's vocabulary, the same total size, the same bytes a row and step.
+# The rival of stlm_10m: a base transformer with GPT-2's vocabulary, the same total size, the same text a step.
 #        python prepare.py tinystories --tokenizer=gpt2 && python train.py config/gpt_10m.py
 out_dir = "out/gpt_10m"
 model = "gpt"

@@ -1,4 +1,4 @@
-# 100M parameters on a sample of FineWeb-Edu.        python prepare.py fineweb-edu && python train.py config/stlm_100m.py
+# 100M parameters on a sample of FineWeb-Edu.      python prepare.py fineweb-edu && python train.py config/stlm_100m.py
 out_dir = "out/stlm_100m"
 dataset = "fineweb-edu"  # --dataset=stdlib needs no download
 max_iters = 60_000  # about 4 GB of text

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, prose, random_model, symbols
 
-from model import GPT, STLM, GPTConfig, STLMConfig, pick
+from model import GPT, STLM, STLMConfig, pick
 from prepare import encode
 
 
@@ -111,7 +111,7 @@ def test_cached_generation_equals_uncached():
 @torch.no_grad()
 def test_cached_generation_of_the_rival():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=300, block_size=24, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(STLMConfig(block_size=24, n_layer=2, n_head=2, n_embd=32), 300)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     prompts = [symbols(n, rate=0, seed=n) for n in (1, 5, 24, 60)]

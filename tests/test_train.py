@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, assert_one_clear_line, random_model, read_bin, 
 
 import prepare as P
 import train as T
-from model import GPT, STLM, GPTConfig, STLMConfig
+from model import GPT, STLM, STLMConfig
 
 
 def weights(out_dir):
@@ -129,7 +129,7 @@ def test_bits_per_byte_by_hand(workdir, block_size):
 def test_bits_per_byte_of_tokens_by_hand(workdir, gpt2):
     folder = P.prepare(["texts"], tokenizer="gpt2", val="val.txt")
     meta = T.load_meta(folder)
-    model = GPT(GPTConfig(vocab_size=len(meta["vocab"]), block_size=32, n_layer=1, n_head=2, n_embd=8))
+    model = GPT(STLMConfig(block_size=32, n_layer=1, n_head=2, n_embd=8), len(meta["vocab"]))
     torch.nn.init.zeros_(model.wte.weight)
     text = Path("val.txt").read_bytes()
     n_tokens = len(tiktoken.get_encoding("gpt2").encode_ordinary(text.decode())) + 1
@@ -151,7 +151,7 @@ def test_evaluation_scores_every_symbol_in_its_context(workdir):
 
 
 def test_every_parameter_in_exactly_one_optimizer():
-    for model in (STLM(STLMConfig()), GPT(GPTConfig(vocab_size=100))):
+    for model in (STLM(STLMConfig()), GPT(STLMConfig(), 100)):
         held = [p for o in T.make_optimizers(model, T.Config()) for g in o.param_groups for p in g["params"]]
         assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
 
