@@ -19,7 +19,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 N_SYMBOLS = 512  # a byte, and whether it ends its patch
-SEPARATOR = 511  # between documents: 0xFF with the flag set; no text byte 0xFF ever carries the flag
 
 
 @dataclass

@@ -19,6 +19,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import sys
 import sysconfig
 import zlib
@@ -137,10 +138,11 @@ def tokenize(text, vocab):
             ids.append([encoder.encode_single_token(bytes([b])) for b in run.encode("utf-8", "surrogateescape")])
         else:
             ids.append(encoder.encode_to_numpy(run, disallowed_special=()))
-    return np.concatenate(ids).astype(np.uint16)  # decoded by detokenize()
+    return np.concatenate(ids).astype(np.uint16)
 
 
 def detokenize(ids, vocab):
+    """The bytes that token ids stand for; separators stand for none."""
     return "".join(vocab[i] for i in ids).encode("latin-1")
 
 
@@ -214,8 +216,9 @@ def known_documents(name, limit=4e9):
     except ImportError:
         raise BadInput(f"{name} loads with the package datasets: pip install datasets")
     except Exception as error:  # each of these libraries has its own kinds of network error
-        raise BadInput(f"{name} could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                       "without a network use stdlib, or your own text files")
+        raise BadInput(f"{name} could not be downloaded ({' '.join(repr(error).split())[:200]}); "
+                       "without a network there are two ways on: --dataset=stdlib (or python prepare.py stdlib), or your "
+                       "own text (python prepare.py FILES --name=mine, then --dataset=mine)")
 
 
 def find_files(inputs):
@@ -228,9 +231,9 @@ def find_files(inputs):
         found = sorted(glob.glob(name, recursive=True)) if not os.path.isdir(name) else [name]
         if not found:
             raise BadInput(f"no such input: {name}; expected a file, folder, glob, - or one of {', '.join(KNOWN)}")
-        for top in found:
-            inside = [os.path.join(d, f) for d, _, files in os.walk(top) for f in files if not f.startswith(".")]
-            paths += [top] if os.path.isfile(top) else sorted(inside)
+        for top in map(Path, found):
+            inside = [p for p in sorted(top.rglob("*")) if p.is_file() and "/." not in f"/{p.relative_to(top)}"]
+            paths += [top] if top.is_file() else inside  # without hidden files and folders
     if not paths:
         raise BadInput(f"no file in {' '.join(inputs)}: expected a folder with text files")
     return paths
@@ -259,7 +262,7 @@ def read(file):
         raise BadInput(f"{getattr(file, 'name', 'an input')} is not a whole .gz or .xz file: {error}")
 
 
-LINE_END = re.compile(rb"\S\n(?=\S)")
+LINE_END = re.compile(rb"\S\r?\n(?=\S)")
 
 
 def pieces(file):
@@ -323,13 +326,17 @@ def read_chunks(path):
             yield chunk
 
 
-def move_tail(train, val, fraction, separator):
+def move_tail(source, target, fraction, separator):
     """Gives an empty validation file the last document, or the last part of an only one."""
-    symbols = np.memmap(train, np.uint16, "r+")
-    ends = np.flatnonzero(symbols == separator) + 1
-    start = ends[-2] if len(ends) > 1 else int(len(symbols) * (1 - fraction))
-    symbols[start:].tofile(val)
-    os.truncate(train, 2 * start)
+    n, ends = 0, [0]
+    for chunk in read_chunks(source):
+        ends = (ends + [n + int(i) + 1 for i in np.flatnonzero(chunk == separator)])[-2:]
+        n += len(chunk)
+    start = ends[0] or int(n * (1 - fraction))
+    with open(source, "rb") as a, open(target, "wb") as b:
+        a.seek(2 * start)
+        shutil.copyfileobj(a, b)
+    os.truncate(source, 2 * start)
 
 
 def folder_name(dataset, patcher="words", tokenizer="bytes"):

@@ -18,10 +18,9 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from model import GPT
-from prepare import BadInput, Parser, decode, detokenize, encode, printable, run, tokenize, write_atomically
+from prepare import SEPARATOR, BadInput, Parser, decode, detokenize, encode, printable, run, tokenize, write_atomically
 from train import build_model, choose_device, load_checkpoint
 
 
@@ -44,7 +43,7 @@ def to_ids(model, text):
     """A separator, which begins every document, and then text (bytes) cut as the training data was: (N,) int64."""
     meta = model.text
     ids = encode(text, meta["patcher"]) if meta["vocab"] is None else tokenize(text, meta["vocab"])
-    separator = 511 if meta["vocab"] is None else len(meta["vocab"]) - 1
+    separator = SEPARATOR if meta["vocab"] is None else len(meta["vocab"]) - 1
     return torch.from_numpy(np.concatenate([[separator], ids]).astype(np.int64)).to(model.wte.weight.device)
 
 
@@ -140,7 +139,7 @@ def paint_terminal(text, bits, ends):
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 15px/1.7 monospace; margin: 2em; white-space: pre-wrap; max-width: 60em; color: #000; background: #fff }}
+<style>body {{ font: 15px/1.7 monospace; margin: 2em; white-space: pre-wrap; max-width: 60em; color: #000 }}
 i {{ font-style: normal; border-right: 1px solid #08c }} p {{ font-family: sans-serif }}</style>
 <p>{title}. Red: bits of surprise, up to 8. Blue lines: where patches end. Hover for numbers.</p>{body}
 """
@@ -188,7 +187,8 @@ def main():
             write_atomically(args.html, paint_html(text, bits, ends).encode())
         else:
             print(paint_terminal(text, bits, ends))
-        print(f"{bits.mean():.4f} bits per byte over {len(bits):,} bytes" + (f", painted in {args.html}" if args.html else ""))
+        where = f", painted in {args.html}" if args.html else ""
+        print(f"{bits.mean():.4f} bits per byte over {len(bits):,} bytes{where}")
         return
 
     def write_aloud(prompt, seed):

@@ -1,7 +1,7 @@
 """
 Trains an STLM, or the rival GPT, on what prepare.py wrote.
 
-    python train.py config/quick.py                                # 4 minutes on a laptop, no download
+    python train.py config/quick.py                                # 4 minutes on two CPU cores, no download
     python train.py config/stlm_50m.py --batch_size=16             # any key can be set on the command line
     python train.py config/quick.py --resume                       # go on where a run stopped
     torchrun --nproc_per_node=8 train.py config/stlm_50m.py        # several GPUs; batch_size is for each
@@ -410,6 +410,8 @@ def train(given):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     say = print if rank == 0 else lambda *args, **kwargs: None
     cfg, checkpoint = start(given)
+    if rank == 0:
+        find_data(cfg)  # prepares a known dataset while the other ranks wait to be joined
     device = choose_device(cfg.device)
     if world > 1:
         if device == "cuda":
@@ -417,12 +419,8 @@ def train(given):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
-    # the data; rank 0 prepares a known dataset while the others wait
-    if rank == 0:
-        folder = find_data(cfg)
-    if world > 1:
-        dist.barrier()
-        folder = find_data(cfg)
+    # the data
+    folder = find_data(cfg)
     meta = load_meta(folder)
     if cfg.model == "stlm" and meta["vocab"] is not None:
         raise BadInput(f"{folder} holds tokens, which model=gpt reads; expected symbols: prepare.py --tokenizer=bytes")

@@ -5,11 +5,14 @@ model = "gpt"
 dataset = "stdlib"
 tokenizer = "bpe:4096"
 max_iters = 0
-max_minutes = 3.6
+max_minutes = 3.75
 
-block_size = 128  # tokens, of about 4 bytes
+block_size = 160  # tokens, of 3.3 bytes
 n_layer = 4
-n_head = 3
-n_embd = 192
+n_head = 5
+n_embd = 160
 
-batch_size = 8
+batch_size = 16
+learning_rate = 0.03
+adam_learning_rate = 0.006
+eval_interval = 300

@@ -211,5 +211,5 @@ def test_bad_input_gets_one_clear_line(tmp_path):
 
 def test_datasets_that_need_a_network_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(P, "SHAKESPEARE", "http://127.0.0.1:9/input.txt")  # nothing listens there
-    with pytest.raises(P.BadInput, match="could not be downloaded.*use stdlib, or your own text"):
+    with pytest.raises(P.BadInput, match="could not be downloaded.*--dataset=stdlib.*your own text"):
         P.prepare(["shakespeare"], data_dir=tmp_path)
