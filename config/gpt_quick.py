@@ -16,3 +16,4 @@ batch_size = 16
 learning_rate = 0.03
 adam_learning_rate = 0.006
 eval_interval = 300
+log_interval = 50
