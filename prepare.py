@@ -186,6 +186,8 @@ KNOWN = {  # name: what it is and its size, said before it is read
     "tinystories": "TinyStories (arXiv 2305.07759), 1.9 GB of text, a download of about 1 GB",
     "fineweb-edu": "the first 4 GB of text of FineWeb-Edu's 10BT sample (arXiv 2406.17557), a download of about 2.5 GB",
 }
+WITHOUT_NETWORK = ("without a network there are two ways on: --dataset=stdlib (or python prepare.py stdlib), or your own "
+                   "text (python prepare.py FILES --name=mine, then --dataset=mine)")
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 HUB = {"tinystories": ("roneneldan/TinyStories", None), "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT")}
 
@@ -214,11 +216,9 @@ def known_documents(name, limit=4e9):
             if limit <= 0:
                 return
     except ImportError:
-        raise BadInput(f"{name} loads with the package datasets: pip install datasets")
+        raise BadInput(f"{name} loads with the package datasets: pip install datasets; {WITHOUT_NETWORK}")
     except Exception as error:  # each of these libraries has its own kinds of network error
-        raise BadInput(f"{name} could not be downloaded ({' '.join(repr(error).split())[:200]}); "
-                       "without a network there are two ways on: --dataset=stdlib (or python prepare.py stdlib), or your "
-                       "own text (python prepare.py FILES --name=mine, then --dataset=mine)")
+        raise BadInput(f"{name} could not be downloaded ({' '.join(repr(error).split())[:200]}); {WITHOUT_NETWORK}")
 
 
 def find_files(inputs):
