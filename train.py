@@ -194,12 +194,13 @@ def load_meta(folder):
 
 def find_data(cfg):
     """The folder of the dataset, prepared first when it is a known one."""
-    for name in (folder_name(cfg.dataset, cfg.patcher, cfg.tokenizer), cfg.dataset):
-        if (Path("data") / name / "meta.json").is_file():
-            return Path("data") / name
-    if cfg.dataset not in KNOWN:
-        raise BadInput(f"no dataset in data/{cfg.dataset}: prepare your text with "
-                       f"python prepare.py FILES --name={cfg.dataset}, or use --dataset=stdlib")
+    known = cfg.dataset in KNOWN
+    folder = Path("data") / (folder_name(cfg.dataset, cfg.patcher, cfg.tokenizer) if known else cfg.dataset)
+    if (folder / "meta.json").is_file():
+        return folder
+    if not known:
+        raise BadInput(f"no dataset in {folder}: prepare your text with python prepare.py FILES --name={cfg.dataset}, "
+                       "or use --dataset=stdlib")
     return prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
 
 
@@ -565,6 +566,7 @@ def train(given):
 
     if rank == 0 and done:
         plot_log(out)
+        raw.eval()
         with torch.compiler.set_stance("force_eager"):  # its shapes change from byte to byte
             ids = raw.generate([torch.tensor([data.separator], device=device)], cfg.sample_bytes, temperature=0.8)
         ids = ids[0].cpu().numpy()
