@@ -102,7 +102,8 @@ def score(model, text):
     nats = torch.cat([
         model(x[None], y[None], reduction="none")[1] for x, y in zip(ids[:-1].split(N), ids[1:].split(N))
     ]).cpu().numpy()
-    lengths = np.array([max(1, len(to_bytes(model, [i]))) for i in ids[1:].tolist()])
+    vocab = model.text["vocab"]
+    lengths = np.array([1 if vocab is None else len(vocab[i]) for i in ids[1:].tolist()])
     bits = np.repeat(nats / math.log(2) / lengths, lengths)  # a token's bits are shared among its bytes
     ends = np.zeros(len(bits), bool)
     ends[lengths.cumsum() - 1] = True if isinstance(model, GPT) else (ids[1:] >= 256).cpu().numpy()
