@@ -15,10 +15,13 @@ def test_both_models_side_by_side(tmp_path):
     (tmp_path / "gpt_tiny.py").write_text(CONFIG.format("gpt", 64, 32))
     done = run_script("bench.py", "stlm_tiny.py", "--patcher=fixed:1", cwd=tmp_path)  # the rival on flat bytes
     assert done.returncode == 0, done.stderr
-    table = {line[:42].strip(): [float(v.replace(",", "")) for v in line[42:].split()] for line in done.stdout.splitlines()[-8:]}
+    lines = done.stdout.splitlines()[-8:]
+    table = {line[:42].strip(): [float(v.replace(",", "")) for v in line[42:].split()] for line in lines}
     assert len(table) == 8
     for ours, rival, ratio in table.values():
-        assert ours > 0 and rival > 0 and ratio == pytest.approx(ours / rival, abs=0.01 + 0.01 * ratio) or ours < 0.1
+        assert ours >= 0 and rival >= 0
+        if min(ours, rival) > 1:  # smaller figures are printed too coarsely to compare
+            assert ratio == pytest.approx(ours / rival, rel=0.01, abs=0.01)
     assert table["bytes of text a step"][0] == pytest.approx(8 * 64, rel=0.01)
 
 
