@@ -114,6 +114,11 @@ def with_past(x, n, owner, cache=None):
     return F.pad(x, (0, 0, n, 0)) if cache is None else cache.join(owner, x, n)
 
 
+def rows_at(x, i):
+    """x (B, N, C) at positions i (B, M): (B, M, C)."""
+    return x.gather(1, i[..., None].expand(-1, -1, x.size(2)))
+
+
 def rope_table(n_positions, head_dim):
     """Cosines and sines of the rotary angles: (2, n_positions, head_dim / 2)."""
     frequency = 10000.0 ** -(torch.arange(0, head_dim, 2).float() / head_dim)
@@ -192,7 +197,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 class LanguageModel(nn.Module):
-    """Generation for a model that has prefill(), step(), is_full() and fit()."""
+    """Generation for a model that has step(), is_full() and fit()."""
 
     @torch.no_grad()
     def stream(self, prompts, max_new, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -207,7 +212,10 @@ class LanguageModel(nn.Module):
                     windows = [torch.cat(pair) for pair in zip(windows, torch.stack(fresh, dim=1))]
                 windows, fresh = [self.fit(row) for row in windows], []
                 lengths = torch.tensor([len(row) for row in windows], device=windows[0].device)
-                logits, cache = self.prefill(nn.utils.rnn.pad_sequence(windows, batch_first=True), lengths)
+                cache = Cache(lengths, self.rope.size(1))
+                logits, _ = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)
+                logits = rows_at(logits, lengths[:, None] - 1)[:, 0]  # (B, V) after the last real id of each row
+                cache.new = torch.ones_like(lengths)
             else:
                 cache.n_symbols += 1
                 logits = self.step(ids, cache)
@@ -300,12 +308,6 @@ class STLM(LanguageModel):
 
     # generation: one byte at a time through the byte layers, one patch at a time through the transformer
 
-    def prefill(self, x, lengths):
-        cache = Cache(lengths, self.config.max_patches)
-        logits, _ = self(x, cache=cache)
-        cache.new = torch.ones_like(lengths)
-        return rows_at(logits, lengths[:, None] - 1)[:, 0], cache
-
     def step(self, x, cache):
         """The next symbol of every row, (B,), to the logits after it, (B, 512)."""
         z = self.encode(x[:, None], cache)  # (B, 1, d_byte)
@@ -336,11 +338,6 @@ class STLM(LanguageModel):
         return row[min(begin, len(row) - 1) :]
 
 
-def rows_at(x, i):
-    """x (B, N, C) at positions i (B, M): (B, M, C)."""
-    return x.gather(1, i[..., None].expand(-1, -1, x.size(2)))
-
-
 class GPT(LanguageModel):
     """The rival: a base transformer of the same Blocks over tokens, with its token table tied to the output.
 
@@ -365,19 +362,12 @@ class GPT(LanguageModel):
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
 
-    def prefill(self, x, lengths):
-        cache = Cache(lengths, self.config.block_size)
-        logits, _ = self(x, cache=cache)
-        cache.filled, cache.rows = lengths.clone(), torch.arange(len(x), device=x.device)
-        return rows_at(logits, lengths[:, None] - 1)[:, 0], cache
-
     def step(self, x, cache):
-        logits, _ = self(x[:, None], cache=cache, rope=self.rope[:, cache.filled, None, None])
-        cache.filled += 1
-        return logits[:, 0]
+        cache.filled, cache.rows = cache.n_symbols - 1, torch.arange(len(x), device=x.device)
+        return self(x[:, None], cache=cache, rope=self.rope[:, cache.filled, None, None])[0][:, 0]
 
     def is_full(self, cache, x):
-        return bool((cache.filled >= self.config.block_size).any())
+        return bool((cache.n_symbols >= self.config.block_size).any())
 
     def fit(self, row):
         return row if len(row) <= self.config.block_size else row[-max(1, self.config.block_size // 2) :]
