@@ -573,6 +573,7 @@ def train(given):
         text = decode(ids) if meta["vocab"] is None else detokenize(ids, meta["vocab"])
         say("-" * 80, printable(text.decode("utf-8", "replace")), "-" * 80, sep="\n")
     if world > 1:
+        dist.barrier()  # a rank that leaves while another still works can crash on its way out
         dist.destroy_process_group()
 
 
