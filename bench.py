@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import train as T
-from prepare import BadInput, decode, detokenize, run
+from prepare import BadInput, run, to_text
 
 STEPS, WARMUP, NEW_BYTES = 12, 3, 256
 
@@ -35,8 +35,7 @@ def measure(given):
     device = T.choose_device(cfg.device)
     folder = T.find_data(cfg)
     meta = T.load_meta(folder)
-    if cfg.model == "stlm":
-        cfg.max_patches = int(1.15 * cfg.block_size / meta["train"]["bytes_per_patch"])
+    cfg.max_patches = T.patches_a_row(cfg, meta)
     data = T.Data(folder, "train", meta, cfg.block_size)
     autocast, precision, peak = T.choose_precision(device)
     torch.manual_seed(0)
@@ -45,8 +44,7 @@ def measure(given):
     if cfg.compile and not T.why_no_compile(device):
         T.compile_blocks(model)
 
-    times = []
-    n_bytes = n_symbols = n_patches = 0
+    times, counts = [], 0
     for i in range(WARMUP + STEPS):
         T.synchronize(device)
         start = time.perf_counter()
@@ -57,9 +55,8 @@ def measure(given):
             first = time.perf_counter() - start if i == 0 else first
             continue
         times.append(time.perf_counter() - start)
-        n_bytes += int(data.n_bytes[y.numpy()].sum())
-        n_symbols += y.numel()
-        n_patches += int((y >= 256).sum()) if meta["vocab"] is None else y.numel()
+        counts = counts + data.count(y)
+    n_bytes, n_patches, n_symbols = map(int, counts)
     step, flops = statistics.median(times), T.model_flops(model, n_symbols, n_patches)
     cuda = device.startswith("cuda")
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -90,7 +87,7 @@ def compress(folder):
     """Bits per byte of the validation text in general compressors at their strongest setting."""
     meta = T.load_meta(Path(folder))
     ids = T.Data(Path(folder), "val", meta, 1).ids
-    text = decode(ids) if meta["vocab"] is None else detokenize(ids, meta["vocab"])
+    text = to_text(ids, meta["vocab"])
     print(f"{folder}: {len(text):,} bytes of validation text, in bits per byte")
     for name, packed in (("gzip -9", gzip.compress(text, 9)), ("bzip2 -9", bz2.compress(text, 9)),
                          ("xz -9e", lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))):

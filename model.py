@@ -165,7 +165,7 @@ class Cache:
             self.past[owner] = x.new_zeros(len(x), n, x.size(2))
         x = torch.cat([self.past[owner], x], dim=1)
         last = self.new[:, None] + torch.arange(n, device=x.device)  # (B, n) the n positions up to the last real one
-        self.past[owner] = x.gather(1, last[..., None].expand(-1, -1, x.size(2)))
+        self.past[owner] = rows_at(x, last)
         return x
 
     def extend(self, owner, k, v):

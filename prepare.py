@@ -25,6 +25,7 @@ import sysconfig
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -144,6 +145,30 @@ def tokenize(text, vocab):
 def detokenize(ids, vocab):
     """The bytes that token ids stand for; separators stand for none."""
     return "".join(vocab[i] for i in ids).encode("latin-1")
+
+
+# symbols or tokens: what vocab=None and a vocabulary have in common
+
+
+def separator_of(vocab):
+    return SEPARATOR if vocab is None else len(vocab) - 1
+
+
+def to_ids(text, patcher, vocab):
+    """Symbols of text (bytes) cut by patcher or, with a vocabulary, token ids: uint16."""
+    return encode(text, patcher) if vocab is None else tokenize(text, vocab)
+
+
+def to_text(ids, vocab):
+    """The bytes that to_ids() came from; separators stand for none."""
+    return decode(ids) if vocab is None else detokenize(ids, vocab)
+
+
+def bytes_of_ids(vocab):
+    """How many bytes of text each id stands for: 0 for the separator."""
+    lengths = np.ones(512, np.int64) if vocab is None else np.array([len(token) for token in vocab])
+    lengths[separator_of(vocab)] = 0
+    return lengths
 
 
 @lru_cache
@@ -302,9 +327,9 @@ def cut(batch, patcher, vocab):
     out = [], []
     for is_val, text, last in batch:
         if text:
-            out[is_val].append(encode(text, patcher) if vocab is None else tokenize(text, vocab))
+            out[is_val].append(to_ids(text, patcher, vocab))
         if last:
-            out[is_val].append(np.array([SEPARATOR if vocab is None else len(vocab) - 1], np.uint16))
+            out[is_val].append(np.array([separator_of(vocab)], np.uint16))
     return [np.concatenate(parts) if parts else np.array([], np.uint16) for parts in out]
 
 
@@ -383,7 +408,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
             raise BadInput(f"--tokenizer={tokenizer}: expected N between 258 and 65535")
         training_text = (text for b in batches(documents(), val_fraction) for is_val, text, _ in b if not is_val)
         vocab = train_bpe(n_vocab, training_text)
-    separator = SEPARATOR if vocab is None else len(vocab) - 1
+    separator = separator_of(vocab)
 
     stem = known or (Path(inputs[0]).name.split(".")[0] if inputs[0] != "-" else "stdin")
     folder = Path(data_dir) / (name or folder_name(stem, patcher, tokenizer))
@@ -416,9 +441,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
             move_tail(temp[b], temp[a], val_fraction, separator)
 
     # measure and publish
-    lengths = np.ones(512, int) if vocab is None else np.array([len(token) for token in vocab])
-    lengths[separator] = 0
-    counts = {}
+    lengths, counts = bytes_of_ids(vocab), {}
     for split, path in temp.items():
         n = n_text = n_documents = n_patches = 0
         for chunk in read_chunks(path):
@@ -437,21 +460,24 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
     (folder / "meta.json").unlink(missing_ok=True)  # from here until it is written again this folder is no dataset
     (folder / "vocab.json").unlink(missing_ok=True)
     if vocab is not None:
-        write_atomically(folder / "vocab.json", json.dumps(vocab).encode())
+        with whole_file(folder / "vocab.json") as file:
+            file.write(json.dumps(vocab).encode())
     for split in final:
         os.replace(temp[split], final[split])
-    write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+    with whole_file(folder / "meta.json") as file:
+        file.write(json.dumps(meta, indent=1).encode())
     for split, c in counts.items():
         print(f"{final[split]}: {c['bytes']:,} bytes of text in {c['documents']:,} documents, "
               f"{c['bytes_per_patch']:.2f} bytes a {'patch' if vocab is None else 'token'}")
     return folder
 
 
-def write_atomically(path, data):
-    """Writes bytes under a temporary name and renames: a reader finds the old file or the new one, whole."""
+@contextmanager
+def whole_file(path):
+    """A binary file to write, under a temporary name until complete: a reader finds the old file or the new one."""
     temp = f"{path}.tmp"
     with open(temp, "wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temp, path)

@@ -14,13 +14,12 @@ import codecs
 import html
 import math
 import os
-import sys
 
 import numpy as np
 import torch
 
 from model import GPT
-from prepare import SEPARATOR, BadInput, Parser, decode, detokenize, encode, printable, run, tokenize, write_atomically
+from prepare import BadInput, Parser, bytes_of_ids, printable, run, separator_of, to_ids, to_text, whole_file
 from train import build_model, choose_device, load_checkpoint
 
 
@@ -39,16 +38,12 @@ def load(out_dir, device=""):
     return model.eval()
 
 
-def to_ids(model, text):
+def document(model, text):
     """A separator, which begins every document, and then text (bytes) cut as the training data was: (N,) int64."""
     meta = model.text
-    ids = encode(text, meta["patcher"]) if meta["vocab"] is None else tokenize(text, meta["vocab"])
-    separator = SEPARATOR if meta["vocab"] is None else len(meta["vocab"]) - 1
-    return torch.from_numpy(np.concatenate([[separator], ids]).astype(np.int64)).to(model.wte.weight.device)
-
-
-def to_bytes(model, ids):
-    return decode(ids) if model.text["vocab"] is None else detokenize(ids, model.text["vocab"])
+    ids = to_ids(text, meta["patcher"], meta["vocab"])
+    ids = np.concatenate([[separator_of(meta["vocab"])], ids]).astype(np.int64)
+    return torch.from_numpy(ids).to(model.wte.weight.device)
 
 
 @torch.no_grad()
@@ -73,10 +68,10 @@ def stream(model, prompt, max_new_bytes=300, temperature=0.8, top_k=None, top_p=
         raise BadInput("the prompt has zero bytes: expected at least one")
     device = model.wte.weight.device
     generator = torch.Generator(device).manual_seed(torch.seed() % 2**63 if seed is None else seed)
-    ids = settle(model, to_ids(model, prompt), generator)
+    ids = settle(model, document(model, prompt), generator)
     decoder, n = codecs.getincrementaldecoder("utf-8")("replace"), 0
     for new in model.stream([ids], max_new_bytes, temperature, top_k, top_p, generator):
-        piece = to_bytes(model, new.cpu().numpy())
+        piece = to_text(new.cpu().numpy(), model.text["vocab"])
         n += len(piece)
         if not piece or n > max_new_bytes:  # a separator: the model ends its document
             break
@@ -98,12 +93,11 @@ def score(model, text):
     text = text.encode() if isinstance(text, str) else text
     if not text:
         raise BadInput("the text to score has zero bytes: expected at least one")
-    ids, N = to_ids(model, text), model.config.block_size
+    ids, N = document(model, text), model.config.block_size
     nats = torch.cat([
         model(x[None], y[None], reduction="none")[1] for x, y in zip(ids[:-1].split(N), ids[1:].split(N))
     ]).cpu().numpy()
-    vocab = model.text["vocab"]
-    lengths = np.array([1 if vocab is None else len(vocab[i]) for i in ids[1:].tolist()])
+    lengths = bytes_of_ids(model.text["vocab"])[ids[1:].cpu().numpy()]
     bits = np.repeat(nats / math.log(2) / lengths, lengths)  # a token's bits are shared among its bytes
     ends = np.zeros(len(bits), bool)
     ends[lengths.cumsum() - 1] = True if isinstance(model, GPT) else (ids[1:] >= 256).cpu().numpy()
@@ -185,7 +179,8 @@ def main():
         text = read_argument(args.score)
         bits, ends = score(model, text)
         if args.html:
-            write_atomically(args.html, paint_html(text, bits, ends).encode())
+            with whole_file(args.html) as file:
+                file.write(paint_html(text, bits, ends).encode())
         else:
             print(paint_terminal(text, bits, ends))
         where = f", painted in {args.html}" if args.html else ""

@@ -14,7 +14,6 @@ import inspect
 import json
 import math
 import os
-import platform
 import re
 import runpy
 import shutil
@@ -32,7 +31,8 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, STLM, Block, ByteBlock, STLMConfig
-from prepare import KNOWN, BadInput, decode, detokenize, folder_name, prepare, printable, run
+from prepare import (KNOWN, BadInput, bytes_of_ids, folder_name, prepare, printable, run, separator_of, to_text,
+                     whole_file)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the configuration: every key, once. The comment behind a key is what --help prints.
@@ -129,10 +129,8 @@ class Data:
                            "run prepare.py again")
         self.path, self.N, self.n_text = path, block_size, meta[split]["bytes"]
         self.ids = np.memmap(path, np.uint16, "r")
-        vocab = meta["vocab"]
-        self.n_bytes = np.ones(512, np.int64) if vocab is None else np.array([len(token) for token in vocab])
-        self.separator = len(self.n_bytes) - 1
-        self.n_bytes[self.separator] = 0  # bytes of text that each id stands for
+        self.vocab, self.separator = meta["vocab"], separator_of(meta["vocab"])
+        self.n_bytes = bytes_of_ids(self.vocab)
         if len(self.ids) < 2 * block_size:
             raise BadInput(f"block_size={block_size} is too long for {path} with {len(self.ids)} symbols: at most half")
 
@@ -141,6 +139,11 @@ class Data:
             raise BadInput(f"{self.path} is corrupt: it holds {rows.max()}, expected ids up to {self.separator}; "
                            "run prepare.py again")
         return torch.from_numpy(rows.astype(np.int64))
+
+    def count(self, y):
+        """Bytes of text, patches (for the rival tokens) and symbols that the targets y hold."""
+        n_patches = int((y >= 256).sum()) if self.vocab is None else y.numel()
+        return np.array([int(self.n_bytes[y.numpy()].sum()), n_patches, y.numel()])
 
     def training_rows(self, start, n, seed):
         """Rows start to start + n of an endless shuffled sequence: x, y of shape (n, N).
@@ -344,12 +347,8 @@ def choose_precision(device):
 
 def save(path, checkpoint):
     """Under a temporary name first: at any moment the file under the final name is whole."""
-    temp = f"{path}.tmp"
-    with open(temp, "wb") as file:
+    with whole_file(path) as file:
         torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -362,6 +361,13 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:
         raise BadInput(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})")
     return checkpoint
+
+
+def patches_a_row(cfg, meta):
+    """max_patches, and where that is 0 room for rows with 15% more patches than the data's average."""
+    if cfg.model != "stlm" or cfg.max_patches:
+        return cfg.max_patches
+    return int(1.15 * cfg.block_size / meta["train"]["bytes_per_patch"])
 
 
 def build_model(config, vocab):
@@ -430,8 +436,7 @@ def train(given):
                        "prepare the data the same way")
     if cfg.resume and checkpoint["meta"]["sha256"] != meta["sha256"]:
         raise BadInput(f"--resume: {folder} is not the text that this run was trained on")
-    if cfg.model == "stlm" and not cfg.max_patches:  # room for rows with 15% more patches than the average
-        cfg.max_patches = int(1.15 * cfg.block_size / meta["train"]["bytes_per_patch"])
+    cfg.max_patches = patches_a_row(cfg, meta)
     data, val_data = Data(folder, "train", meta, cfg.block_size), Data(folder, "val", meta, cfg.block_size)
 
     # the machine
@@ -500,15 +505,15 @@ def train(given):
 
     # the loop: check, save, evaluate, step
     nats = torch.zeros((), device=device)
-    n_bytes = n_patches = n_symbols = 0
+    counts = np.zeros(3, int)  # bytes, patches, symbols since the last line of the log
     interval, mark = 0.0, time.perf_counter()
     while True:
         progress = max(it / (cfg.max_iters or math.inf), clock / 60 / (cfg.max_minutes or math.inf))
         progress, stopping = all_ranks([progress, stop], device, "max")
         done = progress >= 1
         at_eval = it > first and (done or stopping or it % cfg.eval_interval == 0)
-        if n_symbols and (at_eval or it % cfg.log_interval == 0):
-            sums = all_ranks([nats.item(), n_bytes, n_patches, n_symbols], device)
+        if counts.any() and (at_eval or it % cfg.log_interval == 0):
+            sums = all_ranks([nats.item(), *counts.tolist()], device)
             tick()
             if not math.isfinite(sums[0]):
                 raise BadInput(f"the loss is {sums[0]} at iteration {it}: try lower learning rates; the checkpoints in "
@@ -522,7 +527,7 @@ def train(given):
             write_log(iter=it, minutes=clock / 60, train_bpb=train_bpb, bytes_per_s=speed, patches_per_s=patches_s,
                       mfu=mfu)
             nats.zero_()
-            n_bytes = n_patches = n_symbols = 0
+            counts[:] = 0
             interval = 0.0
         if at_eval:
             broken = [name for name, p in raw.named_parameters() if not p.isfinite().all()]
@@ -550,9 +555,7 @@ def train(given):
         for micro in range(cfg.grad_accum):
             row = ((it * cfg.grad_accum + micro) * world + rank) * cfg.batch_size
             x, y = data.training_rows(row, cfg.batch_size, cfg.seed)
-            n_bytes += int(data.n_bytes[y.numpy()].sum())
-            n_patches += int((y >= 256).sum()) if meta["vocab"] is None else y.numel()
-            n_symbols += y.numel()
+            counts += data.count(y)
             batches.append((x.to(device), y.to(device)))
         nats += take_step(model, optimizers, batches, autocast, lr_scale(progress, cfg)) * y.numel() * cfg.grad_accum
         it += 1
@@ -560,7 +563,7 @@ def train(given):
             synchronize(device)
             say(f"first step after {time.perf_counter() - mark:.1f} s", flush=True)
             nats.zero_()
-            n_bytes = n_patches = n_symbols = 0
+            counts[:] = 0
             mark = time.perf_counter()
         tick()
 
@@ -570,7 +573,7 @@ def train(given):
         with torch.compiler.set_stance("force_eager"):  # its shapes change from byte to byte
             ids = raw.generate([torch.tensor([data.separator], device=device)], cfg.sample_bytes, temperature=0.8)
         ids = ids[0].cpu().numpy()
-        text = decode(ids) if meta["vocab"] is None else detokenize(ids, meta["vocab"])
+        text = to_text(ids, meta["vocab"])
         say("-" * 80, printable(text.decode("utf-8", "replace")), "-" * 80, sep="\n")
     if world > 1:
         dist.barrier()  # a rank that leaves while another still works can crash on its way out

@@ -1,7 +1,6 @@
 """sample.py's promises: exact scores, text that is always whole, the same seed the same text."""
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +48,7 @@ def test_a_prompt_may_stop_inside_a_patch(trained):
     """Whether "the" ends its patch is not known yet: the model decides, and goes on as if it had read it all."""
     model = S.load(str(trained / "out"))
     assert S.write(model, "the cat sa", temperature=0, max_new_bytes=5) == "t on "
-    settled = S.settle(model, S.to_ids(model, b"the "), torch.Generator().manual_seed(0))
+    settled = S.settle(model, S.document(model, b"the "), torch.Generator().manual_seed(0))
     assert P.decode(settled.numpy()) == b"the " and settled[-1] == ord(" ") + 256
 
 
