@@ -5,9 +5,11 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py config/stlm_50m.py                     # and config/gpt_50m.py
     python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
+    python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
 
-Both read the standard library's source, so no download is needed; keys after the configs change the rival. Each model
-runs in a process of its own, one after the other. Figures are medians; the last column is ours over the rival's.
+The first two read the standard library's source, so no download is needed; keys after the configs change the rival. Each
+model runs in a process of its own, one after the other. Figures are medians; the last column is ours over the rival's.
+Of runs, folders that differ after their last dot only are seeds of one model: the table shows their mean.
 """
 import bz2
 import gzip
@@ -21,10 +23,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train as T
-from prepare import BadInput, run, to_text
+from prepare import BadInput, run, to_ids, to_text
 
 STEPS, WARMUP, NEW_BYTES = 12, 3, 256
 
@@ -94,7 +97,87 @@ def compress(folder):
         print(f"{name:10}{8 * len(packed) / len(text):8.3f}")
 
 
+NOISE = 0.05
+
+
+def noisy(text, generator):
+    """text (bytes) with NOISE of its bytes replaced by letters, the same ones whichever model reads them."""
+    text = np.frombuffer(text, np.uint8).copy()
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+    hit = generator.random(len(text)) < NOISE
+    text[hit] = generator.choice(letters, hit.sum())
+    return text.tobytes()
+
+
+def finished_run(folder):
+    """What the log and the checkpoint of one run say, and its bits per byte on validation text with noise."""
+    checkpoint = T.load_checkpoint(folder / "ckpt.pt")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = log[-1]
+    if not last.get("all_of_val"):
+        raise BadInput(f"{folder} is not finished: its log does not end with all of the validation text")
+    cfg = T.Config(**checkpoint["config"])
+    data_folder = T.find_data(cfg)
+    meta = T.load_meta(data_folder)
+    model = T.build_model(checkpoint["config"], meta["vocab"])
+    model.load_state_dict(checkpoint["model"])
+    device = T.choose_device(cfg.device)
+    model.to(device)
+
+    data, generator = T.Data(data_folder, "val", meta, cfg.block_size), np.random.default_rng(0)
+    documents = np.split(data.ids, np.flatnonzero(data.ids == data.separator) + 1)  # with their separators
+    texts = [to_ids(noisy(to_text(ids, meta["vocab"]), generator), meta["patcher"], meta["vocab"]) for ids in documents]
+    data.ids = np.concatenate([ids for text in texts for ids in (text, [data.separator])]).astype(np.uint16)
+    noisy_bpb = T.evaluate(model, data, cfg.batch_size, device, T.choose_precision(device)[0])
+    tables = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters())
+    curve = [(e["minutes"], e["val_bpb"]) for e in log if "val_bpb" in e]
+    return curve, {
+        "total": sum(p.numel() for p in model.parameters()) / 1e6, "tables": tables / 1e6, "MB seen": last["bytes"] / 1e6,
+        "minutes": last["minutes"], "KB/s": last["bytes"] / last["minutes"] / 6e4, "bpb": last["val_bpb"],
+        "noisy": noisy_bpb, "rise": noisy_bpb - last["val_bpb"],
+    }
+
+
+def compare(folders, figure=Path("images/runs.svg")):
+    """Prints a line a model with the mean over its seeds, and draws their validation curves."""
+    models = {}
+    for folder in map(Path, folders):
+        models.setdefault(folder.stem, []).append(finished_run(folder))
+    means = {name: {k: statistics.mean(row[k] for _, row in runs) for k in runs[0][1]} for name, runs in models.items()}
+    first = next(iter(means.values()))
+    print(f"parameters in M; noisy: {NOISE:.0%} of the bytes replaced by random letters; ratio: bpb over the first line's")
+    print(f"{'':20}" + "".join(f"{k:>9}" for k in first) + f"{'seeds':>7}{'spread':>8}{'ratio':>7}")
+    for name, row in means.items():
+        bpbs = [run["bpb"] for _, run in models[name]]
+        print(f"{name:20}" + "".join(f"{v:9.{3 if 'p' in k or k in ('noisy', 'rise') else 2}f}" for k, v in row.items())
+              + f"{len(bpbs):7}{max(bpbs) - min(bpbs):8.3f}{row['bpb'] / first['bpb']:7.3f}")
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no figure: pip install matplotlib")
+        return
+    plt.figure(figsize=(8, 4.5))
+    for i, (name, runs) in enumerate(models.items()):
+        for seed, (curve, _) in enumerate(runs):
+            x, y = zip(*curve)
+            plt.plot(x, y, ".-", color=f"C{i}", linewidth=2 if i == 0 else 1, label=None if seed else name)
+    best = min(row["bpb"] for row in means.values())
+    plt.ylim(0.98 * best, 1.35 * best)
+    plt.xlabel("minutes of training")
+    plt.ylabel("bits per byte of validation text")
+    plt.legend()
+    plt.grid(alpha=0.3)
+    figure.parent.mkdir(exist_ok=True)
+    plt.savefig(figure, bbox_inches="tight")
+    print(f"drawn: {figure}")
+
+
 def main():
+    if sys.argv[1:2] == ["--runs"]:
+        return compare(sys.argv[2:])
     files = [arg for arg in sys.argv[1:] if not arg.startswith("--")] or ["config/stlm_10m.py"]
     keys = [arg for arg in sys.argv[1:] if arg.startswith("--")]
     if "--worker" in keys:

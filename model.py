@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 N_SYMBOLS = 512  # a byte, and whether it ends its patch
+SEPARATOR = 511
+WINDOW = 16      # symbols that an n-gram can reach back, as long as the longest patch of prepare.py's words
 
 
 @dataclass
@@ -32,7 +34,8 @@ class STLMConfig:
     n_encoder: int = 1       # byte layers before pooling
     n_decoder: int = 2       # byte layers after the transformer
     n_taps: int = 5          # bytes that the convolution of a byte layer sees
-    n_ngram: int = 1024      # rows of the hashed n-gram table; 0 = none
+    n_ngram: int = 8192      # rows of each hashed n-gram table; 0 = none
+    d_ngram: int = 16        # their width
     dropout: float = 0.0     # in the residual branches
 
 
@@ -45,10 +48,10 @@ def norm(x):
 
 
 class MLP(nn.Module):
-    def __init__(self, n, dropout):
+    def __init__(self, n, hidden, dropout):
         super().__init__()
-        self.up = nn.Linear(n, 4 * n, bias=False)
-        self.down = nn.Linear(4 * n, n, bias=False)
+        self.up = nn.Linear(n, hidden, bias=False)
+        self.down = nn.Linear(hidden, n, bias=False)
         self.dropout = dropout
 
     def forward(self, x):
@@ -83,7 +86,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.attn = Attention(config)
-        self.mlp = MLP(config.n_embd, config.dropout)
+        self.mlp = MLP(config.n_embd, 4 * config.n_embd, config.dropout)
 
     def forward(self, x, rope, cache=None):
         x = x + self.attn(norm(x), rope, cache)
@@ -98,7 +101,7 @@ class ByteBlock(nn.Module):
         self.gates = nn.Linear(config.d_byte, 3 * config.d_byte, bias=False)
         self.taps = nn.Parameter(torch.zeros(config.n_taps, config.d_byte))
         self.out = nn.Linear(config.d_byte, config.d_byte, bias=False)
-        self.mlp = MLP(config.d_byte, config.dropout)
+        self.mlp = MLP(config.d_byte, 2 * config.d_byte, config.dropout)
 
     def forward(self, z, cache=None):
         N, K = z.size(1), len(self.taps)
@@ -107,6 +110,53 @@ class ByteBlock(nn.Module):
         u = sum(self.taps[k] * u[:, k : k + N] for k in range(K))
         z = z + self.out(c * u)
         return z + self.mlp(norm(z))
+
+
+class ByteContext(nn.Module):
+    """What can be looked up instead of computed: which n-grams end at a byte, and what followed the same ones before.
+
+    The last 2, 3, 4 and 5 symbols and the patch so far are hashed, each into a table of its own (BLT, arXiv 2412.09871);
+    narrow tables, so that many rows fit. And for the last 4 and the last 8 symbols the row is searched for the place
+    where they occurred last: the symbol that followed them there is a good guess for the next one, without learning
+    and at any distance (the match model of data compressors, such as lpaq).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_ngram, self.grams, self.matches = config.n_ngram, (2, 3, 4, 5), (4, 8)
+        if config.n_ngram:
+            n_tables = len(self.grams) + 1
+            self.ngram = nn.Embedding(n_tables * config.n_ngram, config.d_ngram)
+            self.ngram_up = nn.Linear(n_tables * config.d_ngram, config.d_byte, bias=False)
+            self.register_buffer("table", torch.arange(n_tables) * config.n_ngram, persistent=False)
+        self.match_up = nn.Linear(len(self.matches) * config.d_byte, config.d_byte, bias=False)
+        powers = torch.full((WINDOW,), 6364136223846793005).cumprod(0)  # odd, wrapping around in int64
+        self.register_buffer("powers", powers, persistent=False)
+
+    def forward(self, x, wte, cache=None):
+        past = with_past(x[..., None] - SEPARATOR, WINDOW - 1, self, cache)[..., 0] + SEPARATOR  # before a row: separators
+        last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
+        codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
+        codes = codes ^ (codes >> 32)
+        followed = [self.follower(codes[..., n - 1], x, (self, n), cache) for n in self.matches]
+        z = self.match_up(wte(torch.stack(followed, -1)).flatten(2))
+        if self.n_ngram:
+            length = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # of the patch so far, less one
+            codes = torch.cat([codes[..., n - 1, None] for n in self.grams] + [codes.gather(-1, length)], dim=-1)
+            z = z + self.ngram_up(self.ngram(codes % self.n_ngram + self.table).flatten(2))
+        return z
+
+    def follower(self, code, x, owner, cache=None):
+        """The symbol after the last earlier place in the row with the same code; a separator where there is none."""
+        if cache is not None:
+            if owner in cache.codes:
+                return cache.follower(owner, code, x)
+            cache.codes[owner], cache.symbols = cache.room(code), cache.room(x)
+        code, order = code.sort(dim=1, stable=True)  # equal codes side by side, each after the one before it
+        found = F.pad(code[:, 1:] == code[:, :-1], (1, 0))
+        before = F.pad(order[:, :-1], (1, 0))
+        symbol = torch.where(found, x.gather(1, (before + 1).clamp(max=x.size(1) - 1)), SEPARATOR)
+        return torch.zeros_like(x).scatter(1, order, symbol)
 
 
 def with_past(x, n, owner, cache=None):
@@ -150,15 +200,28 @@ def init_weights(model):
 
 
 class Cache:
-    """What generation remembers of a batch of rows: past keys and values, and the last inputs of each convolution."""
+    """What generation remembers of a batch of rows: their symbols, past keys and values, inputs of the convolutions."""
 
-    def __init__(self, lengths, capacity):
+    def __init__(self, lengths, block_size, capacity):
         self.new = lengths  # (B,) how many of the positions now coming in are real: the prompts' lengths, then ones
         self.n_symbols = lengths.clone()  # (B,) seen so far
+        self.block_size = block_size
         self.capacity = capacity  # positions of the transformer that the keys and values have room for
         self.filled = torch.zeros_like(lengths)  # (B,) of them in use
         self.rows = None  # the rows that the transformer runs on; None = a whole prompt of every row
-        self.past, self.keys, self.values = {}, {}, {}
+        self.past, self.codes, self.keys, self.values = {}, {}, {}, {}
+
+    def room(self, x):
+        return F.pad(x, (0, self.block_size - x.size(1)))
+
+    def follower(self, owner, code, x):
+        """One step of ByteContext.follower(): code and x are (B, 1)."""
+        codes, at = self.codes[owner], self.n_symbols[:, None] - 1
+        codes.scatter_(1, at, code)
+        self.symbols.scatter_(1, at, x)
+        place = torch.arange(self.block_size, device=x.device)
+        last = torch.where((codes == code) & (place < at), place, -1).amax(1, keepdim=True)
+        return torch.where(last >= 0, self.symbols.gather(1, last + 1), SEPARATOR)
 
     def join(self, owner, x, n):
         if owner not in self.past:
@@ -212,7 +275,7 @@ class LanguageModel(nn.Module):
                     windows = [torch.cat(pair) for pair in zip(windows, torch.stack(fresh, dim=1))]
                 windows, fresh = [self.fit(row) for row in windows], []
                 lengths = torch.tensor([len(row) for row in windows], device=windows[0].device)
-                cache = Cache(lengths, self.rope.size(1))
+                cache = Cache(lengths, self.config.block_size, self.rope.size(1))
                 logits, _ = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)
                 logits = rows_at(logits, lengths[:, None] - 1)[:, 0]  # (B, V) after the last real id of each row
                 cache.new = torch.ones_like(lengths)
@@ -238,7 +301,7 @@ class STLM(LanguageModel):
         super().__init__()
         self.config = c = config
         self.wte = nn.Embedding(N_SYMBOLS, c.d_byte)  # the tied byte table: input and output
-        self.ngram = nn.Embedding(c.n_ngram, c.d_byte) if c.n_ngram else None
+        self.context = ByteContext(c)
         self.encoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_encoder))
         self.up = nn.Linear(c.d_byte, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
@@ -283,14 +346,7 @@ class STLM(LanguageModel):
         return logits, F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
 
     def encode(self, x, cache=None):
-        z = self.wte(x)
-        if self.ngram is not None:  # the last 2, 3 and 4 symbols, hashed into one table: BLT (arXiv 2412.09871)
-            N, past = x.size(1), with_past(x[..., None], 3, self, cache)[..., 0]  # (B, 3 + N)
-            code = x
-            for n in 1, 2, 3:
-                code = code * 1000003 + past[:, 3 - n : 3 - n + N] + 1  # wraps around in int64
-                z = z + self.ngram((code ^ (code >> 17)) % self.config.n_ngram)
-        z = norm(z)
+        z = norm(self.wte(x) + self.context(x, self.wte, cache))
         for block in self.encoder:
             z = block(z, cache)
         return z
@@ -377,7 +433,7 @@ class GPT(LanguageModel):
 
 
 def print_sizes():
-    """Parameters of the shipped configs, table by table."""
+    """Parameters of the shipped configs, part by part."""
     print("config         total    core   bytes  n-grams  table   GPT-2's 50,257 rows at the same width")
     for path in sorted(Path(__file__).parent.glob("config/*.py")):
         values = runpy.run_path(str(path))
@@ -387,9 +443,9 @@ def print_sizes():
             model = STLM(STLMConfig(**{f.name: values[f.name] for f in fields(STLMConfig) if f.name in values}))
         n = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in model.named_children()}
         core, byte_layers = n["blocks"] + n["up"] + n["down"], n["encoder"] + n["decoder"]
-        gpt2 = 50257 * model.config.n_embd / 1e6
-        print(f"{path.stem:12}{sum(n.values()):7.2f}M{core:7.2f}M{byte_layers:7.2f}M{n.get('ngram', 0):7.2f}M"
-              f"{n['wte']:7.2f}M{gpt2:8.2f}M: our table is {1 - n['wte'] / gpt2:.1%} smaller")
+        gpt2, tables = 50257 * model.config.n_embd / 1e6, n["wte"] + n["context"]
+        print(f"{path.stem:12}{sum(n.values()):7.2f}M{core:7.2f}M{byte_layers:7.2f}M{n['context']:7.2f}M"
+              f"{n['wte']:7.2f}M{gpt2:8.2f}M: ours, with the n-grams, take {1 - tables / gpt2:.1%} less")
 
 
 if __name__ == "__main__":

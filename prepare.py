@@ -373,7 +373,7 @@ def folder_name(dataset, patcher="words", tokenizer="bytes"):
 
 def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", val_fraction=0.05, val=None,
             data_dir="data"):
-    """Writes {train,val}.bin and meta.json and returns their folder, data_dir/NAME. Raises BadInput.
+    """Writes {train,val}.bin and meta.json and returns their folder, data_dir/folder_name(...). Raises BadInput.
 
     The arguments are the options of the command line. meta.json is written last: a folder without one is not a dataset.
     """
@@ -411,7 +411,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
     separator = separator_of(vocab)
 
     stem = known or (Path(inputs[0]).name.split(".")[0] if inputs[0] != "-" else "stdin")
-    folder = Path(data_dir) / (name or folder_name(stem, patcher, tokenizer))
+    folder = Path(data_dir) / folder_name(name or stem, patcher, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     final = {split: folder / f"{split}.bin" for split in ("train", "val")}
     temp = {split: folder / f"{split}.bin.tmp" for split in final}
@@ -507,7 +507,7 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", default=["stdlib"],
                         help=f"files, folders, globs, - for standard input, or one of {', '.join(KNOWN)}")
-    parser.add_argument("--name", help="the folder in data/ to write; default: after the first input")
+    parser.add_argument("--name", help="what train.py calls it (--dataset=NAME); default: after the first input")
     parser.add_argument("--patcher", default="words", help="words, gpt2 or fixed:N")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or gpt2 or bpe:N for the rival's token ids")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="share of the documents kept for validation")

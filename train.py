@@ -42,8 +42,8 @@ from prepare import (KNOWN, BadInput, bytes_of_ids, folder_name, prepare, printa
 class Config(STLMConfig):  # and the sizes of the model, from model.py
     model: str = "stlm"               # stlm, or gpt: the base transformer to compare with
     out_dir: str = "out/stlm"         # where checkpoints and the log go
-    dataset: str = "stdlib"           # a folder in data/; a known dataset is prepared when it is not there yet
-    patcher: str = "words"            # how that known dataset is cut: words, gpt2 or fixed:N
+    dataset: str = "stdlib"           # the --name given to prepare.py; a known one is prepared when it is not there yet
+    patcher: str = "words"            # how the text is cut: words, gpt2 or fixed:N
     tokenizer: str = "bytes"          # or gpt2 or bpe:N, token ids for model=gpt
     init_from: str = ""               # a checkpoint whose weights to start from: finetuning
     resume: bool = False              # go on from out_dir/ckpt.pt
@@ -197,12 +197,12 @@ def load_meta(folder):
 
 def find_data(cfg):
     """The folder of the dataset, prepared first when it is a known one."""
-    known = cfg.dataset in KNOWN
-    folder = Path("data") / (folder_name(cfg.dataset, cfg.patcher, cfg.tokenizer) if known else cfg.dataset)
+    folder = Path("data") / folder_name(cfg.dataset, cfg.patcher, cfg.tokenizer)
     if (folder / "meta.json").is_file():
         return folder
-    if not known:
-        raise BadInput(f"no dataset in {folder}: prepare your text with python prepare.py FILES --name={cfg.dataset}, "
+    if cfg.dataset not in KNOWN:
+        how = "".join(f" --{k}={getattr(cfg, k)}" for k in ("patcher", "tokenizer") if getattr(cfg, k) != getattr(Config, k))
+        raise BadInput(f"no dataset in {folder}: prepare your text with python prepare.py FILES --name={cfg.dataset}{how}, "
                        "or use --dataset=stdlib")
     return prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
 
@@ -301,7 +301,8 @@ def model_flops(model, n_symbols, n_patches):
     """Operations of training on so much text that are the model's own: 6 for each parameter of a matrix it passes, and
     attention. The core sees patches, the rest symbols; for the rival both are tokens."""
     count = lambda *parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
-    c, core, rest = model.config, count("blocks", "up", "down"), count("encoder", "decoder", "wte")
+    c, core = model.config, count("blocks", "up", "down")
+    rest = count("encoder", "decoder", "wte", "context.ngram_up", "context.match_up")
     patches_a_row = n_patches * c.block_size / n_symbols
     return 6 * (core * n_patches + rest * n_symbols + c.n_layer * c.n_embd * n_patches * patches_a_row)
 
@@ -452,12 +453,12 @@ def train(given):
         raw.load_state_dict(checkpoint["model"])
     optimizers = make_optimizers(raw, cfg)
     it = first = 0
-    clock, best = 0.0, math.inf
+    clock, best, seen = 0.0, math.inf, 0
     if cfg.resume:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         it = first = checkpoint["iter"]
-        clock, best = checkpoint["clock"], checkpoint["best"]
+        clock, best, seen = checkpoint["clock"], checkpoint["best"], checkpoint["seen"]
     if not why_not:
         compile_blocks(raw)
     model = torch.nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
@@ -486,7 +487,7 @@ def train(given):
             save(out / name, {
                 "model": raw.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "config": asdict(cfg),
                 "meta": {k: meta[k] for k in ("patcher", "tokenizer", "vocab", "sha256")},
-                "iter": it, "clock": clock, "best": best,
+                "iter": it, "clock": clock, "best": best, "seen": seen,
             })
 
     def tick():  # time spent on training since the last mark
@@ -519,13 +520,14 @@ def train(given):
                 raise BadInput(f"the loss is {sums[0]} at iteration {it}: try lower learning rates; the checkpoints in "
                                f"{out} are from before")
             train_bpb = sums[0] / math.log(2) / sums[1]
+            seen += int(sums[1])
             speed, patches_s = sums[1] / interval, sums[2] / interval
             mfu = model_flops(raw, sums[3], sums[2]) / interval / peak / world
             left = max(0.0, clock * (1 - progress) / progress)
             say(f"iter {it:5d}  train {train_bpb:.3f} bpb  {speed / 1e3:.1f} KB/s  {patches_s / 1e3:.2f}K patches/s  "
                 f"mfu {mfu:.0%}  {int(left // 60)}:{int(left % 60):02d} left", flush=True)
-            write_log(iter=it, minutes=clock / 60, train_bpb=train_bpb, bytes_per_s=speed, patches_per_s=patches_s,
-                      mfu=mfu)
+            write_log(iter=it, minutes=clock / 60, bytes=seen, train_bpb=train_bpb, bytes_per_s=speed,
+                      patches_per_s=patches_s, mfu=mfu)
             nats.zero_()
             counts[:] = 0
             interval = 0.0
@@ -542,7 +544,7 @@ def train(given):
             val_bpb = evaluate(raw, val_data, cfg.batch_size, device, autocast, n_text, rank, world)
             of = f" on all {meta['val']['bytes']:,} bytes" if done else ""
             say(f"iter {it:5d}  val {val_bpb:.4f} bpb{of}", flush=True)
-            write_log(iter=it, minutes=clock / 60, val_bpb=val_bpb, all_of_val=done)
+            write_log(iter=it, minutes=clock / 60, bytes=seen, val_bpb=val_bpb, all_of_val=done)
             if val_bpb < best:
                 best = val_bpb
                 save_as("best.pt")

@@ -11,7 +11,7 @@ n_layer = 2  # in so short a time a small core that sees more text beats a deepe
 n_head = 3
 n_embd = 192
 d_byte = 128
-n_ngram = 2048
+n_ngram = 8192
 
 batch_size = 16
 learning_rate = 0.03

@@ -29,7 +29,7 @@ def test_operations_by_hand():
     """2 a weight and position forward, twice that backward; attention 12 * positions * context / 2 * width."""
     model = random_model(n_ngram=0)  # n_layer 2, n_embd 32, d_byte 16, 5 taps, one byte layer before and two after
     core = 2 * (4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32
-    byte_layers = 3 * (4 * 16 * 16 + 8 * 16 * 16 + 5 * 16) + 512 * 16
+    byte_layers = 3 * (4 * 16 * 16 + 4 * 16 * 16 + 5 * 16) + 512 * 16 + 2 * 16 * 16  # and what followed two matches
     attention = 2 * 6 * 10 * 10 * 32  # 10 patches in one row of 64 symbols
     assert T.model_flops(model, 64, 10) == 6 * core * 10 + 6 * byte_layers * 64 + attention
 

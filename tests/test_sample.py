@@ -101,8 +101,8 @@ def test_command_line(trained):
 
 
 def test_the_rival_writes_and_scores(workdir, gpt2):
-    P.prepare(["texts"], name="tokens", tokenizer="gpt2", val="val.txt")
-    T.train(T.parse([*TINY, "--dataset=tokens", "--model=gpt", "--out_dir=rival", "--max_iters=3", "--n_embd=16"]))
+    P.prepare(["texts"], name="tiny", tokenizer="gpt2", val="val.txt")
+    T.train(T.parse([*TINY, "--dataset=tiny", "--tokenizer=gpt2", "--model=gpt", "--out_dir=rival", "--max_iters=3", "--n_embd=16"]))
     model = S.load("rival")
     assert len(S.write(model, "the model", max_new_bytes=30, seed=0).encode()) > 0
     text = "byte patch naïve"

@@ -173,8 +173,8 @@ def test_learning_works(workdir):
 
 
 def test_rival_trains_and_finetune_starts_from_a_checkpoint(workdir, gpt2):
-    P.prepare(["texts"], name="tokens", tokenizer="gpt2", val="val.txt")
-    small_run("--out_dir=rival", "--model=gpt", "--dataset=tokens", "--n_embd=16")
+    P.prepare(["texts"], name="tiny", tokenizer="gpt2", val="val.txt")
+    small_run("--out_dir=rival", "--model=gpt", "--dataset=tiny", "--tokenizer=gpt2", "--n_embd=16")
     assert weights("rival")["wte.weight"].shape == (50257, 16)
     small_run("--out_dir=base")
     T.train(T.parse(["--init_from=base/ckpt.pt", "--dataset=tiny", "--out_dir=tuned", "--max_iters=1", "--warmup=0.5", "--compile=false"]))
