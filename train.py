@@ -52,7 +52,7 @@ class Config(STLMConfig):  # and the sizes of the model, from model.py
     grad_accum: int = 1               # batches whose gradients are added up before a step
     max_iters: int = 5000             # steps; 0 = until max_minutes
     max_minutes: float = 0.0          # minutes of training, compilation and evaluation not counted; 0 = until max_iters
-    learning_rate: float = 0.02       # of Muon, for matrices
+    learning_rate: float = 0.01       # of Muon, for matrices
     adam_learning_rate: float = 0.004 # of AdamW, for tables and vectors
     weight_decay: float = 0.0         # on matrices
     warmup: float = 0.02              # share of the run in which the learning rates rise

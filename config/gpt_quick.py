@@ -8,12 +8,12 @@ max_iters = 0
 max_minutes = 3.75
 
 block_size = 160  # tokens, of 3.3 bytes
-n_layer = 4
-n_head = 5
-n_embd = 160
+n_layer = 5
+n_head = 3
+n_embd = 156
 
 batch_size = 16
-learning_rate = 0.03
+learning_rate = 0.015
 adam_learning_rate = 0.006
 eval_interval = 300
 log_interval = 50

@@ -14,7 +14,7 @@ d_byte = 128
 n_ngram = 8192
 
 batch_size = 16
-learning_rate = 0.03
+learning_rate = 0.008
 adam_learning_rate = 0.006
 eval_interval = 300
 log_interval = 50
