@@ -125,9 +125,10 @@ def finished_run(folder):
     model.to(device)
 
     data, generator = T.Data(data_folder, "val", meta, cfg.block_size), np.random.default_rng(0)
-    documents = np.split(data.ids, np.flatnonzero(data.ids == data.separator) + 1)  # with their separators
-    texts = [to_ids(noisy(to_text(ids, meta["vocab"]), generator), meta["patcher"], meta["vocab"]) for ids in documents]
-    data.ids = np.concatenate([ids for text in texts for ids in (text, [data.separator])]).astype(np.uint16)
+    documents = np.split(data.ids, np.flatnonzero(data.ids == data.separator) + 1)  # each with its separator
+    texts = [noisy(to_text(ids, meta["vocab"]), generator) for ids in documents if len(ids)]
+    cut = [ids for text in texts for ids in (to_ids(text, meta["patcher"], meta["vocab"]), [data.separator])]
+    data.ids = np.concatenate(cut).astype(np.uint16)
     noisy_bpb = T.evaluate(model, data, cfg.batch_size, device, T.choose_precision(device)[0])
     tables = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters())
     curve = [(e["minutes"], e["val_bpb"]) for e in log if "val_bpb" in e]
@@ -149,7 +150,7 @@ def compare(folders, figure=Path("images/runs.svg")):
     print(f"{'':20}" + "".join(f"{k:>9}" for k in first) + f"{'seeds':>7}{'spread':>8}{'ratio':>7}")
     for name, row in means.items():
         bpbs = [run["bpb"] for _, run in models[name]]
-        print(f"{name:20}" + "".join(f"{v:9.{3 if 'p' in k or k in ('noisy', 'rise') else 2}f}" for k, v in row.items())
+        print(f"{name:20}" + "".join(f"{v:9.3f}" for v in row.values())
               + f"{len(bpbs):7}{max(bpbs) - min(bpbs):8.3f}{row['bpb'] / first['bpb']:7.3f}")
     try:
         import matplotlib

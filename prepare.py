@@ -25,7 +25,7 @@ import sysconfig
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -476,11 +476,16 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
 def whole_file(path):
     """A binary file to write, under a temporary name until complete: a reader finds the old file or the new one."""
     temp = f"{path}.tmp"
-    with open(temp, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
+    try:
+        with open(temp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temp)  # a full disk needs the room
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------

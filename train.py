@@ -352,6 +352,21 @@ def save(path, checkpoint):
         torch.save(checkpoint, file)
 
 
+def lock(folder):
+    """Makes folder and takes it for this process; released with the returned file. Raises BadInput when it is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except BlockingIOError:
+        raise BadInput(f"another run is writing to {folder}: wait for its end, or choose another --out_dir")
+    return file
+
+
 def load_checkpoint(path, device="cpu"):
     """A checkpoint of this project as a dict. Nothing in the file is executed. Raises BadInput."""
     if not os.path.isfile(path):
@@ -469,11 +484,12 @@ def train(given):
     out = Path(cfg.out_dir)
     log_path = out / "log.jsonl"
     if rank == 0:
+        held = lock(out)  # until this function returns
         if not cfg.resume and (out / "ckpt.pt").exists():  # never over an earlier run
             shutil.rmtree(f"{out}.old", ignore_errors=True)
             os.replace(out, f"{out}.old")
             say(f"the earlier run in {out} is now in {out}.old")
-        out.mkdir(parents=True, exist_ok=True)
+            held = lock(out)  # noqa: F841, the new folder
         kept = log_path.read_text().splitlines() if cfg.resume and log_path.exists() else []
         log_path.write_text("".join(line + "\n" for line in kept if json.loads(line)["iter"] <= first))
 

@@ -1,10 +1,15 @@
 """bench.py measures what it says: it runs both models, and counts operations and compressed sizes right."""
 import bz2
+import importlib.util
+import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import random_model, run_script
+from conftest import TINY, random_model, run_script
 
+import bench
 import train as T
 
 CONFIG = "model = '{}'\nblock_size = {}\nn_layer = 1\nn_head = 2\nn_embd = {}\nd_byte = 16\nn_ngram = 32\ncompile = False\n"
@@ -39,3 +44,24 @@ def test_compressors(workdir):
     text = (workdir / "val.txt").read_bytes()
     bits = float(re.search(r"bzip2 -9 +([\d.]+)", done.stdout)[1])
     assert bits == pytest.approx(8 * len(bz2.compress(text, 9)) / len(text), abs=1e-3)
+
+
+def test_runs_side_by_side(workdir):
+    """Two seeds of one model make one line: the mean of what their logs end with."""
+    finals = []
+    for seed in 1, 2:
+        out = f"out/tiny.{seed}"
+        T.train(T.parse([*TINY, "--dataset=tiny", f"--out_dir={out}", f"--seed={seed}", "--max_iters=4", "--eval_interval=2"]))
+        finals.append(json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])["val_bpb"])
+    done = run_script("bench.py", "--runs", "out/tiny.1", "out/tiny.2", cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    names, values = (next(line for line in done.stdout.splitlines() if line.split()[0] == word) for word in ("total", "tiny"))
+    row = dict(zip(names.replace("MB seen", "MB").split(), map(float, values.split()[1:])))
+    assert row["bpb"] == pytest.approx(np.mean(finals), abs=1e-3) and row["seeds"] == 2 and row["ratio"] == 1
+    assert row["spread"] == pytest.approx(abs(finals[0] - finals[1]), abs=1e-3)
+    assert row["rise"] == pytest.approx(row["noisy"] - row["bpb"], abs=2e-3)
+    assert Path("images/runs.svg").exists() or not importlib.util.find_spec("matplotlib")
+    text = b" " * 100_000
+    noise = bench.noisy(text, np.random.default_rng(0))
+    assert len(noise) == len(text) and noise.count(b" ") == pytest.approx(95_000, rel=0.01)
+    assert noise == bench.noisy(text, np.random.default_rng(0))

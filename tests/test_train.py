@@ -188,6 +188,21 @@ def test_an_earlier_run_is_set_aside(workdir):
     assert_same_weights(weights("run.old"), first)
 
 
+def test_two_runs_in_one_folder(workdir):
+    """A folder that another process writes to is refused, whether to start there or to resume; then it is free again."""
+    small_run("--out_dir=run")
+    command = [sys.executable, "-c", "import time, train; from pathlib import Path; held = train.lock(Path('run')); "
+               "print('held', flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        other.stdout.readline()
+        for arguments in ([], ["--resume"]):
+            with pytest.raises(P.BadInput, match="another run is writing to run"):
+                small_run("--out_dir=run", *arguments)
+        other.kill()
+    small_run("--out_dir=run", "--seed=1")
+    assert Path("run.old/ckpt.pt").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(workdir):
     done = run_script("train.py", *TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=50", "--eval_interval=5",
                       "--adam_learning_rate=1e38", "--warmup=0.5", cwd=".")
