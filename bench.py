@@ -146,7 +146,7 @@ def compare(folders, figure=Path("images/runs.svg")):
         models.setdefault(folder.stem, []).append(finished_run(folder))
     means = {name: {k: statistics.mean(row[k] for _, row in runs) for k in runs[0][1]} for name, runs in models.items()}
     first = next(iter(means.values()))
-    print(f"parameters in M; noisy: {NOISE:.0%} of the bytes replaced by random letters; ratio: bpb over the first line's")
+    print(f"parameters in M; noisy: {NOISE:.0%} of the bytes replaced by letters; ratio: bpb over the first line's")
     print(f"{'':20}" + "".join(f"{k:>9}" for k in first) + f"{'seeds':>7}{'spread':>8}{'ratio':>7}")
     for name, row in means.items():
         bpbs = [run["bpb"] for _, run in models[name]]

@@ -134,7 +134,8 @@ class ByteContext(nn.Module):
         self.register_buffer("powers", powers, persistent=False)
 
     def forward(self, x, wte, cache=None):
-        past = with_past(x[..., None] - SEPARATOR, WINDOW - 1, self, cache)[..., 0] + SEPARATOR  # before a row: separators
+        # before a row come separators, not the zeros of with_past()
+        past = with_past(x[..., None] - SEPARATOR, WINDOW - 1, self, cache)[..., 0] + SEPARATOR
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
         codes = codes ^ (codes >> 32)

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -31,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, STLM, Block, ByteBlock, STLMConfig
-from prepare import (KNOWN, BadInput, bytes_of_ids, folder_name, prepare, printable, run, separator_of, to_text,
+from prepare import (KNOWN, BadInput, bytes_of_ids, encode, folder_name, prepare, printable, run, separator_of, to_text,
                      whole_file)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,9 +191,26 @@ def load_meta(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         vocab = folder / "vocab.json"
-        return meta | {"vocab": json.loads(vocab.read_text()) if vocab.exists() else None}
-    except ValueError:
-        raise BadInput(f"{folder} is damaged: meta.json or vocab.json is no JSON; run prepare.py again")
+        meta["vocab"] = json.loads(vocab.read_text()) if vocab.exists() else None
+        check_cut(meta)
+        for split in "train", "val":
+            if type(meta[split]["symbols"]) is not int or min(meta[split]["bytes"], meta[split]["bytes_per_patch"]) <= 0:
+                raise ValueError(f"no text in {split}")
+        return meta
+    except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
+        raise BadInput(f"{folder} is damaged: meta.json or vocab.json is not what prepare.py wrote "
+                       f"({first_line(error)}); run prepare.py again")
+
+
+def check_cut(meta):
+    """How text was cut, as a data folder or a checkpoint says: a known patcher and, for tokens, a vocabulary of bytes."""
+    encode(b"", meta["patcher"])
+    if meta["vocab"] is not None:
+        "".join(meta["vocab"]).encode("latin-1")
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
 def find_data(cfg):
@@ -201,9 +219,8 @@ def find_data(cfg):
     if (folder / "meta.json").is_file():
         return folder
     if cfg.dataset not in KNOWN:
-        how = "".join(f" --{k}={getattr(cfg, k)}" for k in ("patcher", "tokenizer") if getattr(cfg, k) != getattr(Config, k))
-        raise BadInput(f"no dataset in {folder}: prepare your text with python prepare.py FILES --name={cfg.dataset}{how}, "
-                       "or use --dataset=stdlib")
+        raise BadInput(f"no dataset in {folder}: prepare your text with python prepare.py FILES --name={cfg.dataset} "
+                       f"--patcher={cfg.patcher} --tokenizer={cfg.tokenizer}, or use --dataset=stdlib")
     return prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
 
 
@@ -265,6 +282,14 @@ def evaluate(model, data, batch_size, device, autocast, n_text=None, rank=0, wor
     return nats / math.log(2) / n_bytes
 
 
+def check_finite(model, loss, it, out):
+    """Ends a run that holds a NaN or an infinity, before it can get into a checkpoint."""
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken or not math.isfinite(loss):
+        raise BadInput(f"{broken[0] if broken else 'the loss'} is no longer finite at iteration {it}: try lower learning "
+                       f"rates (or --resume, if it was the machine's fault); the checkpoints in {out} are from before")
+
+
 def all_ranks(values, device, op="sum"):
     """A list of numbers, combined over all ranks."""
     if not dist.is_initialized():
@@ -323,7 +348,7 @@ def why_no_compile(device):
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # no compiler, no Triton, no headers: each fails in its own way
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        return first_line(error)
 
 
 def compile_blocks(model):
@@ -349,7 +374,11 @@ def choose_precision(device):
 def save(path, checkpoint):
     """Under a temporary name first: at any moment the file under the final name is whole."""
     with whole_file(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # how it tells that a write failed
+            raise BadInput(f"{path} could not be written (no space left?): {first_line(error)}; what lies there is from "
+                           "before and whole: make room, and --resume goes on from it")
 
 
 def lock(folder):
@@ -368,14 +397,29 @@ def lock(folder):
 
 
 def load_checkpoint(path, device="cpu"):
-    """A checkpoint of this project as a dict. Nothing in the file is executed. Raises BadInput."""
+    """A checkpoint of this project as a dict; its weights fit its config. Raises BadInput.
+
+    A file from a stranger is safe: nothing in it is executed, and no memory is taken for sizes that it only claims.
+    """
     if not os.path.isfile(path):
         raise BadInput(f"no checkpoint {path}: train first, or name another --out_dir")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        checkpoint["model"], checkpoint["config"]["model"], checkpoint["meta"]["patcher"]
+        intact = zipfile.ZipFile(path).testzip() is None  # torch.load does not look at the checksums
+        checkpoint = torch.load(path, map_location=device, weights_only=True) if intact else {}
+        config, weights, meta = checkpoint["config"], checkpoint["model"], checkpoint["meta"]
+        types = {f.name: f.type for f in fields(Config)}
+        if any(type(v) is not types.get(k, type(v)) for k, v in config.items()):
+            raise ValueError("a value in its config has the wrong type")
+        check_sizes(config)
+        if config["n_layer"] + config["n_encoder"] + config["n_decoder"] > len(weights):
+            raise ValueError("its config claims more layers than there are weights")
+        with torch.device("meta"):  # shapes without memory
+            expected = build_model(config, meta["vocab"]).state_dict()
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in weights.items()}:
+            raise ValueError("its weights do not fit its config")
+        check_cut(meta)
     except Exception as error:
-        raise BadInput(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})")
+        raise BadInput(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})")
     return checkpoint
 
 
@@ -420,13 +464,24 @@ def start(given):
         raise BadInput("set max_iters or max_minutes: a run needs an end")
     if cfg.model not in ("stlm", "gpt"):
         raise BadInput(f"model={cfg.model} is unknown: expected stlm or gpt")
-    for key in ("block_size", "n_layer", "n_head", "n_embd", "d_byte", "n_taps", "batch_size", "grad_accum",
-                "eval_interval", "log_interval"):
-        if getattr(cfg, key) < 1:
-            raise BadInput(f"{key}={getattr(cfg, key)}: expected at least 1")
-    if cfg.n_embd % (2 * cfg.n_head):
-        raise BadInput(f"n_embd={cfg.n_embd}: expected a multiple of 2 * n_head = {2 * cfg.n_head}")
+    check_sizes(asdict(cfg))
     return cfg, checkpoint
+
+
+def check_sizes(config):
+    """Refuses what no model can be built with or no run can do."""
+    for key in ("block_size", "n_layer", "n_head", "n_embd", "d_byte", "d_ngram", "n_taps", "batch_size", "grad_accum",
+                "eval_interval", "log_interval"):
+        if config[key] < 1:
+            raise BadInput(f"{key}={config[key]}: expected at least 1")
+    for key in "block_size", "max_patches":
+        if not 0 <= config[key] < 2**20:
+            raise BadInput(f"{key}={config[key]}: expected less than {2**20:,}")
+    for key in "n_encoder", "n_decoder", "n_ngram":
+        if config[key] < 0:
+            raise BadInput(f"{key}={config[key]}: expected at least 0")
+    if config["n_embd"] % (2 * config["n_head"]):
+        raise BadInput(f"n_embd={config['n_embd']}: expected a multiple of 2 * n_head = {2 * config['n_head']}")
 
 
 def train(given):
@@ -533,8 +588,7 @@ def train(given):
             sums = all_ranks([nats.item(), *counts.tolist()], device)
             tick()
             if not math.isfinite(sums[0]):
-                raise BadInput(f"the loss is {sums[0]} at iteration {it}: try lower learning rates; the checkpoints in "
-                               f"{out} are from before")
+                check_finite(raw, sums[0], it, out)
             train_bpb = sums[0] / math.log(2) / sums[1]
             seen += int(sums[1])
             speed, patches_s = sums[1] / interval, sums[2] / interval
@@ -548,10 +602,7 @@ def train(given):
             counts[:] = 0
             interval = 0.0
         if at_eval:
-            broken = [name for name, p in raw.named_parameters() if not p.isfinite().all()]
-            if broken:
-                raise BadInput(f"{broken[0]} is no longer finite at iteration {it}: try lower learning rates; "
-                               f"the checkpoints in {out} are from before")
+            check_finite(raw, 0.0, it, out)
             save_as("ckpt.pt")  # before the evaluation: a crash there loses nothing
             if stopping and not done:
                 say(f"stopped at iteration {it}; --resume goes on from {out}/ckpt.pt")

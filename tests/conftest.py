@@ -20,6 +20,10 @@ import prepare as prepare_module  # noqa: E402
 from model import STLM, STLMConfig  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than ten seconds; leave out with -m 'not slow'")
+
+
 @pytest.fixture(scope="session")
 def gpt2():
     """GPT-2's vocabulary; tests that need it are skipped where neither a cache nor a network has it."""

@@ -87,7 +87,7 @@ def test_two_ranks_equal_one_with_twice_the_batch(workdir):
                 assert a[key] == pytest.approx(b[key], rel=1e-4)
     one, two = weights("one"), weights("two")
     for name in one:  # Muon orthogonalises in bf16
-        assert (one[name] - two[name]).norm() < 0.01 * one[name].norm() + 1e-4, name
+        assert (one[name] - two[name]).norm() < 0.05 * one[name].norm() + 1e-4, name
 
 
 def test_windows_are_visited_once_an_epoch_and_apart_between_ranks(workdir):
@@ -163,7 +163,8 @@ def test_schedule():
 
 def test_learning_works(workdir):
     """120 steps on repetitive text: far better than the 9 bits of no knowledge, and better than the bytes' frequencies."""
-    T.train(T.parse([*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=120", "--eval_interval=60"]))
+    T.train(T.parse([*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=120", "--eval_interval=60",
+                     "--learning_rate=0.02"]))
     entries = [json.loads(line) for line in open("run/log.jsonl")]
     counts = np.bincount(np.frombuffer(Path("val.txt").read_bytes(), np.uint8))
     p = counts[counts > 0] / counts.sum()
@@ -195,9 +196,9 @@ def test_two_runs_in_one_folder(workdir):
                "print('held', flush=True); time.sleep(60)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
         other.stdout.readline()
-        for arguments in ([], ["--resume"]):
+        for start in (lambda: small_run("--out_dir=run"), lambda: T.train(T.parse(["--out_dir=run", "--resume"]))):
             with pytest.raises(P.BadInput, match="another run is writing to run"):
-                small_run("--out_dir=run", *arguments)
+                start()
         other.kill()
     small_run("--out_dir=run", "--seed=1")
     assert Path("run.old/ckpt.pt").exists()
@@ -206,7 +207,7 @@ def test_two_runs_in_one_folder(workdir):
 def test_a_loss_that_is_not_finite_stops_the_run(workdir):
     done = run_script("train.py", *TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=50", "--eval_interval=5",
                       "--adam_learning_rate=1e38", "--warmup=0.5", cwd=".")
-    assert_one_clear_line(done, "finite" if "finite" in done.stderr else "the loss is nan at iteration", "try lower learning rates")
+    assert_one_clear_line(done, "is no longer finite at iteration", "try lower learning rates")
     if Path("run/ckpt.pt").exists():
         assert all(t.isfinite().all() for t in weights("run").values())
 

@@ -1,0 +1,230 @@
+"""Nothing lost, nothing let in: real kills, full disks, damaged files and files and texts from strangers."""
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_one_clear_line, prose, random_model, run_script
+
+import prepare as P
+import sample as S
+import train as T
+
+RUN = [*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=600", "--eval_interval=20"]
+
+
+def start(script, *arguments):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *arguments], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_at_20_moments(workdir):
+    """SIGKILL while it trains, evaluates or saves: the next start goes on, and the end is the same bit for bit."""
+    T.train(T.parse([*RUN, "--out_dir=whole"]))
+    rng, reached = random.Random(0), 0
+    for _ in range(20):
+        resume = ["--out_dir=run", "--resume"] if Path("run/ckpt.pt").exists() else RUN
+        with start("train.py", *resume) as process:
+            for line in process.stdout:
+                if line.startswith("first step"):
+                    break
+            time.sleep(rng.uniform(0, 0.4))
+            process.kill()
+        if Path("run/ckpt.pt").exists():
+            now = T.load_checkpoint("run/ckpt.pt")["iter"]
+            assert now >= reached
+            reached = now
+    assert reached > 0
+    T.train(T.parse(["--out_dir=run", "--resume"]))
+    whole, parts = (T.load_checkpoint(f"{d}/ckpt.pt")["model"] for d in ("whole", "run"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.slow
+def test_prepare_killed(workdir):
+    """A killed prepare.py leaves the old data, whole, or no data; never a mixture."""
+    Path("new.txt").write_bytes(prose(3_000_000))
+    before = T.load_meta(Path("data/tiny"))["sha256"]
+    rng, seen = random.Random(0), set()
+    for _ in range(8):
+        with start("prepare.py", "new.txt", "--name=tiny") as process:
+            time.sleep(rng.uniform(0.2, 1.5))
+            process.send_signal(signal.SIGKILL)
+        if not Path("data/tiny/meta.json").exists():
+            seen.add(None)
+            continue
+        meta = T.load_meta(Path("data/tiny"))
+        seen.add(meta["sha256"] == before)
+        T.Data(Path("data/tiny"), "train", meta, 64)  # refuses a file of another length
+    assert seen
+
+
+def test_full_disk(workdir):
+    """A disk with room for the first checkpoint but not for the next: one line, and the first one is still good."""
+    Path("small").mkdir()
+    size = 1_000_000
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "small"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        small_run = [*RUN, "--out_dir=small/run", "--max_iters=40"]
+        done = run_script("train.py", *small_run, cwd=workdir)
+        assert done.returncode == 0, done.stderr  # roomy enough
+        kept = Path("small/run/ckpt.pt").read_bytes()
+        free = Path("small/filler")
+        with pytest.raises(OSError), open(free, "wb", buffering=0) as file:
+            while file.write(bytes(1024)):
+                pass
+        done = run_script("train.py", "--resume", "--out_dir=small/run", "--max_iters=80", cwd=workdir)
+        assert_one_clear_line(done, "o space left")
+        assert Path("small/run/ckpt.pt").read_bytes() == kept and not list(Path("small/run").glob("*.tmp"))
+        free.unlink()
+        done = run_script("train.py", "--resume", "--out_dir=small/run", "--max_iters=80", cwd=workdir)
+        assert done.returncode == 0, done.stderr
+    finally:
+        subprocess.run(["umount", "small"])
+
+
+def mutations(good, n, seed=0):
+    """n damaged copies of good: bits flipped, parts cut off, doubled or overwritten."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        data, at = bytearray(good), rng.randrange(len(good))
+        kind = rng.randrange(4)
+        if kind == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            data[at : at + rng.randrange(1, 100)] = rng.randbytes(rng.randrange(100))
+        else:
+            data[at:at] = data[: rng.randrange(1, 1000)]
+        yield bytes(data)
+
+
+def test_1000_damaged_checkpoints(workdir):
+    """Each is refused in one line, or loads exactly what was saved."""
+    T.train(T.parse([*RUN, "--max_iters=2"]))
+    good = Path("run/ckpt.pt").read_bytes()
+    saved = T.load_checkpoint("run/ckpt.pt")["model"]
+    refused = 0
+    for data in mutations(good, 1000):
+        Path("run/bad.pt").write_bytes(data)
+        try:
+            loaded = T.load_checkpoint("run/bad.pt")["model"]
+        except P.BadInput as error:
+            refused += "\n" not in str(error)
+        else:
+            refused += all(torch.equal(saved[k], loaded[k]) for k in saved)
+    assert refused == 1000
+
+
+def test_checkpoints_that_claim_too_much(workdir):
+    """Sizes that the weights do not have are refused before memory is taken for them."""
+    T.train(T.parse([*RUN, "--max_iters=2"]))
+    good = torch.load("run/ckpt.pt", weights_only=True)
+    for key in ("n_embd", "d_byte", "n_layer", "n_decoder", "n_ngram", "d_ngram", "n_taps", "block_size", "max_patches"):
+        for value in (10**9, 2**62, -1, "9", None, 1e9):
+            torch.save(good | {"config": good["config"] | {key: value}}, "run/bad.pt")
+            with pytest.raises(P.BadInput, match="damaged or not a checkpoint"):
+                S.load("run/bad.pt")
+    torch.save(good | {"meta": good["meta"] | {"vocab": ["a"] * 10**6}}, "run/bad.pt")
+    assert S.load("run/bad.pt")  # an STLM has no use for it
+
+
+def test_1000_damaged_data_files(workdir):
+    """A damaged meta.json or train.bin gives one line, or every row still holds known symbols."""
+    folder = Path("data/tiny")
+    for name in ("meta.json", "train.bin"):
+        good = (folder / name).read_bytes()
+        for data in mutations(good, 500):
+            (folder / name).write_bytes(data)
+            try:
+                meta = T.load_meta(folder)
+                rows = T.Data(folder, "train", meta, 64)
+                for x, y in rows.scoring_batches(64):
+                    assert x.max() < 512 and y.max() < 512
+            except P.BadInput as error:
+                assert "\n" not in str(error)
+        (folder / name).write_bytes(good)
+
+
+def strange_texts(n, seed=0):
+    """n strings of bytes: every value, broken UTF-8, NULs, only spaces or newlines, right-to-left, emoji, CJK."""
+    rng = random.Random(seed)
+    alphabets = ["\0", " ", "\n", " \n\t\r", "אבגד ", "😀👩‍👩‍👧", "日本語の文章。", "abc de", "\x1b[31m\x07", "\u202e\u200b\ufeff"]
+    for i in range(n):
+        length = rng.randrange(1, 60)
+        if i % 3 == 0:
+            yield rng.randbytes(length)
+        elif i % 3 == 1:
+            yield "".join(rng.choices(rng.choice(alphabets), k=length)).encode()
+        else:
+            yield "".join(rng.choices("".join(alphabets), k=length)).encode()[: length]  # may end inside a character
+
+
+def test_10000_strange_texts_come_back(gpt2):
+    for text in [*strange_texts(10_000), b"x" * 1_000_000, b" " * 1_000_000, b"\n" * 1_000_000]:
+        for patcher in ("words", "gpt2", "fixed:3") if len(text) < 100 else ("words", "fixed:3"):
+            assert P.decode(P.encode(text, patcher)) == text
+        if len(text) < 100:
+            assert P.detokenize(P.tokenize(text, gpt2), gpt2) == text
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_10000_strange_texts_are_scored_and_gone_on_from():
+    """Finite bits for every byte; nothing that a terminal would obey; a page whose only tags are ours."""
+    model = random_model(n_layer=1)
+    model.text = {"patcher": "words", "vocab": None}
+    for i, text in enumerate(strange_texts(10_000)):
+        bits, ends = S.score(model, text)
+        assert len(bits) == len(ends) == len(text) and np.isfinite(bits).all()
+        if i % 10 == 0:
+            written = P.printable(S.write(model, text, max_new_bytes=5, seed=i))
+            shown = "".join(c for c, _, _ in S.characters(text, bits, ends))
+            assert all(c == "\n" or c == "\t" or c.isprintable() for c in written + shown)
+            n_characters = len(text.decode("utf-8", "surrogateescape"))
+            assert S.paint_html(text, bits, ends).count("<") == 2 * n_characters + S.PAGE.count("<")
+
+
+def test_nan_stops_before_a_checkpoint(workdir):
+    """A weight that becomes NaN: the line names it, and the last checkpoint is from before."""
+    T.train(T.parse([*RUN, "--max_iters=20"]))
+    checkpoint = torch.load("run/ckpt.pt", weights_only=True)
+    checkpoint["model"]["up.weight"][0, 0] = float("nan")
+    T.save(Path("run/ckpt.pt"), checkpoint)
+    before = Path("run/ckpt.pt").read_bytes()
+    with pytest.raises(P.BadInput, match=r"\w+ is no longer finite at iteration \d+: try lower learning rates"):
+        T.train(T.parse(["--out_dir=run", "--resume", "--max_iters=60"]))
+    assert Path("run/ckpt.pt").read_bytes() == before
+
+
+def test_ranks_read_disjoint_windows(workdir):
+    """Over an epoch, two ranks together read every window once."""
+    meta = T.load_meta(Path("data/tiny"))
+    data = T.Data(Path("data/tiny"), "train", meta, 64)
+    per_epoch, batch = len(data.ids) // 64 - 1, 4
+    rows = []
+    for it in range(per_epoch // (2 * batch)):
+        for rank in range(2):
+            x, _ = data.training_rows((it * 2 + rank) * batch, batch, seed=3)
+            rows += [row.numpy().tobytes() for row in x]
+    order, offset = T.epoch_order(per_epoch, 64, 3, 0)
+    whole = [np.asarray(data.ids[offset + w * 64 : offset + w * 64 + 64]).astype(np.int64).tobytes() for w in order]
+    assert rows == whole[: len(rows)] and len(set(order.tolist())) == per_epoch
+
+
+def test_same_seed_same_log(workdir):
+    logs = []
+    for out in "a", "b":
+        T.train(T.parse([*RUN, f"--out_dir={out}", "--max_iters=20"]))
+        entries = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+        logs.append([{k: e[k] for k in ("iter", "bytes", "train_bpb", "val_bpb") if k in e} for e in entries])
+    assert logs[0] == logs[1]
