@@ -213,6 +213,7 @@ class Cache:
         self.past, self.codes, self.keys, self.values = {}, {}, {}, {}
 
     def room(self, x):
+        """x (B, N) with room for what follows: (B, block_size)."""
         return F.pad(x, (0, self.block_size - x.size(1)))
 
     def follower(self, owner, code, x):
