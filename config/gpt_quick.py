@@ -13,7 +13,7 @@ n_head = 3
 n_embd = 156
 
 batch_size = 16
-learning_rate = 0.015
+learning_rate = 0.015  # its best of 0.03, 0.015 and 0.008
 adam_learning_rate = 0.006
 eval_interval = 300
 log_interval = 50

@@ -11,10 +11,10 @@ n_layer = 2  # in so short a time a small core that sees more text beats a deepe
 n_head = 3
 n_embd = 192
 d_byte = 128
-n_ngram = 8192
+n_ngram = 8192  # a third of the parameters, but looked up, so nearly free in time
 
 batch_size = 16
-learning_rate = 0.008
+learning_rate = 0.008  # 0.015 is 0.5% worse, 0.03 by 2%
 adam_learning_rate = 0.006
 eval_interval = 300
 log_interval = 50
