@@ -112,7 +112,7 @@ def noisy(text, generator):
 def finished_run(folder):
     """What the log and the checkpoint of one run say, and its bits per byte on validation text with noise."""
     checkpoint = T.load_checkpoint(folder / "ckpt.pt")
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = T.read_log(folder)
     last = log[-1]
     if not last.get("all_of_val"):
         raise BadInput(f"{folder} is not finished: its log does not end with all of the validation text")
@@ -152,13 +152,8 @@ def compare(folders, figure=Path("images/runs.svg")):
         bpbs = [run["bpb"] for _, run in models[name]]
         print(f"{name:20}" + "".join(f"{v:9.3f}" for v in row.values())
               + f"{len(bpbs):7}{max(bpbs) - min(bpbs):8.3f}{row['bpb'] / first['bpb']:7.3f}")
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figure: pip install matplotlib")
+    plt = T.pyplot(figure)
+    if plt is None:
         return
     plt.figure(figsize=(8, 4.5))
     for i, (name, runs) in enumerate(models.items()):

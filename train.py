@@ -649,17 +649,29 @@ def train(given):
         dist.destroy_process_group()
 
 
-def plot_log(out):
-    """Draws out_dir/loss.png: bits per byte against minutes of training."""
+def pyplot(figure):
+    """matplotlib's pyplot, to draw a file with; None, and one line, where the package is missing."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no loss.png: pip install matplotlib")
+        print(f"no {figure}: pip install matplotlib")
+        return None
+    return plt
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def plot_log(out):
+    """Draws out_dir/loss.png: bits per byte against minutes of training."""
+    plt = pyplot("loss.png")
+    if plt is None:
         return
-    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    entries = read_log(out)
     plt.figure(figsize=(7, 4))
     for key, style in (("train_bpb", "-"), ("val_bpb", "o-")):
         points = [(e["minutes"], min(e[key], 4.0)) for e in entries if key in e]  # the first lines would hide the rest
