@@ -43,7 +43,7 @@ def measure(given):
     autocast, precision, peak = T.choose_precision(device)
     torch.manual_seed(0)
     model = T.build_model(asdict(cfg), meta["vocab"]).to(device)
-    optimizers = T.make_optimizers(model, cfg)
+    optimizers = T.make_optimizers(model, cfg, precision)
     if cfg.compile and not T.why_no_compile(device):
         T.compile_blocks(model)
 

@@ -14,6 +14,7 @@ import argparse
 import glob
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import lzma
@@ -30,7 +31,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 SEPARATOR = 0xFF + 256
 MAX_PATCH = 16      # bytes; a longer run is cut
@@ -122,10 +122,18 @@ def printable(text):
 PRETOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's rule
 
 
+def need(package, what):
+    """Imports a package that only `what` needs; where it is missing, BadInput names it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise BadInput(f"{what} needs the package {package}: pip install {package}")
+
+
 @lru_cache(maxsize=4)
 def tokenizer(vocab):
     """The tiktoken encoder of a vocabulary (a tuple of strings)."""
-    import tiktoken
+    tiktoken = need("tiktoken", "a vocabulary")
 
     ranks = {token.encode("latin-1"): i for i, token in enumerate(vocab[:-1])}
     return tiktoken.Encoding("vocab", pat_str=PRETOKEN, mergeable_ranks=ranks, special_tokens={})
@@ -173,8 +181,7 @@ def bytes_of_ids(vocab):
 
 @lru_cache
 def gpt2_vocab():
-    import tiktoken
-
+    tiktoken = need("tiktoken", "GPT-2's vocabulary")
     try:
         encoder = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever its download library raises
@@ -185,10 +192,9 @@ def gpt2_vocab():
 
 def train_bpe(n_vocab, texts):
     """A byte-level BPE vocabulary of n_vocab entries, the separator included, from texts (an iterable of bytes)."""
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError:
-        raise BadInput("--tokenizer=bpe:N trains with the package tokenizers: pip install tokenizers")
+    need("tokenizers", "--tokenizer=bpe:N")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     # that library writes bytes as printable characters: those that print as themselves, the others from U+0100 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -420,13 +426,20 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
     sha256 = hashlib.sha256()
     plain = paths and not any(str(p).endswith(("gz", "xz", "-")) for p in paths)
     total = sum(map(os.path.getsize, paths + val_paths)) if plain else None
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=str(folder), disable=None)
+    try:
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=str(folder), disable=None)
+    except ImportError:
+        print("no progress bar: pip install tqdm")
+        bar = None
 
     def watched():
         for batch in batches(documents(), val_fraction):
             for _, text, _ in batch:
                 sha256.update(text)
-                bar.update(len(text))
+                if bar:
+                    bar.update(len(text))
             yield batch
 
     try:
@@ -435,7 +448,8 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
                 parts[0].tofile(train)
                 parts[1].tofile(val_file)
     finally:
-        bar.close()
+        if bar:
+            bar.close()
     for a, b in (("val", "train"), ("train", "val")):  # chance, or too few documents, may leave one of them empty
         if not temp[a].stat().st_size and temp[b].stat().st_size:
             move_tail(temp[b], temp[a], val_fraction, separator)

@@ -156,6 +156,27 @@ def test_every_parameter_in_exactly_one_optimizer():
         assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
 
 
+def test_muon_takes_the_steps_of_torch():
+    """Three steps on matrices of several shapes: what torch.optim.Muon does, to the rounding of bf16."""
+    torch.manual_seed(0)
+    shapes = [(12, 8), (8, 12), (8, 12), (6, 6)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i)))
+                     for i, s in enumerate(shapes)] for _ in range(2))
+    exact = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [T.Muon(ours, 0.1, weight_decay=0.1), T.Muon(exact, 0.1, weight_decay=0.1, dtype=torch.float32),
+                  torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1, momentum=0.95)]
+    for _ in range(3):
+        for a, b, c in zip(ours, exact, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad, c.grad = a.grad.clone(), a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, c in zip(ours, exact, theirs):
+        assert torch.allclose(a, c, atol=4e-3) and torch.allclose(b, c, atol=2e-2)
+    x = T.orthogonal(torch.randn(2, 5, 9))
+    assert ((torch.linalg.svdvals(x) - 1).abs() < 0.4).all()
+
+
 def test_schedule():
     cfg = T.Config(warmup=0.1, cooldown=0.5)
     assert [T.lr_scale(p, cfg) for p in (0, 0.05, 0.1, 0.5, 0.75, 1.0, 1.2)] == pytest.approx([0, 0.5, 1, 1, 0.5, 0, 0])
