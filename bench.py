@@ -6,6 +6,8 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
+    python bench.py --tasks=blimp,hellaswag,arc_easy,winogrande,piqa,lambada_openai,mmlu --out_dir=out/quick --limit=100
+                                                           # the field's benchmarks, through the package lm-eval
 
 The first two read the standard library's source, so no download is needed; keys after the configs change the rival. Each
 model runs in a process of its own, one after the other. Figures are medians; the last column is ours over the rival's.
@@ -15,6 +17,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import resource
 import statistics
 import subprocess
@@ -25,9 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+import sample as S
 import train as T
-from prepare import BadInput, run, to_ids, to_text
+from prepare import BadInput, Parser, need, run, separator_of, to_ids, to_text, whole_file
 
 STEPS, WARMUP, NEW_BYTES = 12, 3, 256
 
@@ -171,9 +176,128 @@ def compare(folders, figure=Path("images/runs.svg")):
     print(f"drawn: {figure}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# the field's benchmarks
+
+
+class Harness:
+    """What lm-evaluation-harness asks of a model (its class LM), for a model from sample.load().
+
+    The likelihood of a continuation is that of its bytes: they may begin and end inside a patch. Whether the context's
+    last byte ends its patch is decided by the continuation, so it counts; whether the last byte of all does is left open.
+    (For the rival, context and continuation are cut into tokens one by one.)
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.vocab = model, model.text["vocab"]
+
+    def rows(self, context, continuation):
+        """Windows of at most block_size that end with the text and cover the continuation: x, y and how many of the
+        last positions of y count. What lies further left is cut off."""
+        if self.vocab is None:
+            ids = S.document(self.model, context + continuation)
+            n = len(continuation) + bool(context)  # and the flag of the context's last byte
+        else:
+            cut = [to_ids(text, None, self.vocab) for text in (context, continuation) if text]
+            ids = np.concatenate([[separator_of(self.vocab)], *cut]).astype(np.int64)
+            ids, n = torch.from_numpy(ids).to(self.model.wte.weight.device), len(cut[-1])
+        N = self.model.config.block_size
+        for end in range(len(ids), len(ids) - n, -N):
+            begin = max(0, end - 1 - N)
+            yield ids[begin : end - 1], ids[begin + 1 : end], min(N, n - (len(ids) - end))
+
+    @torch.no_grad()
+    def loglikelihood(self, requests, batched=True):
+        """(nats, is every byte the likeliest?) for each request's (context, continuation)."""
+        rows = []  # (request, x, y, how many positions count, is the first of them a flag alone?, is the last its end?)
+        for i, request in enumerate(requests):
+            context, continuation = (text.encode("utf-8", "surrogatepass") for text in request.args)
+            windows = list(self.rows(context, continuation)) if continuation else []
+            for k, (x, y, n) in enumerate(windows):
+                rows.append((i, x, y, n, k == len(windows) - 1 and bool(context), k == 0))
+        rows.sort(key=lambda row: len(row[1]))  # little padding
+        nats, greedy, bar = [0.0] * len(requests), [True] * len(requests), tqdm(total=len(rows), disable=None)
+        room = 2**24 // self.model.wte.weight.size(0)  # positions whose logits are held at a time
+        while rows:
+            n_rows = max(1, room // len(rows[-1][1])) if batched else 1
+            batch, rows = rows[-n_rows:], rows[:-n_rows]
+            x = torch.nn.utils.rnn.pad_sequence([row[1] for row in batch], batch_first=True)
+            logp = self.model(x)[0].float().log_softmax(-1)  # (B, N, vocabulary)
+            for (i, _, y, n, flag, end), row in zip(batch, logp):
+                row, y = row[len(y) - n : len(y)], y[-n:]
+                each = row.gather(1, y[:, None])[:, 0]
+                same = row.argmax(1) == y
+                if self.vocab is None:
+                    both = torch.stack([row.gather(1, y[:, None] % 256), row.gather(1, y[:, None] % 256 + 256)]).logsumexp(0)
+                    same = row.argmax(1) % 256 == y % 256
+                    if flag:  # its byte is given
+                        each[0] -= both[0, 0]
+                        same[0] = True
+                    if end:
+                        each[-1] = both[-1, 0]
+                nats[i] += each.sum().item()
+                greedy[i] &= bool(same.all())
+            bar.update(len(batch))
+        bar.close()
+        return list(zip(nats, greedy))
+
+    def loglikelihood_rolling(self, requests):
+        """The nats of each whole text, as a document of its own."""
+        texts = [request.args[0].encode("utf-8", "surrogatepass") for request in requests]
+        return [-float(S.score(self.model, text)[0].sum()) * math.log(2) if text else 0.0 for text in tqdm(texts, disable=None)]
+
+    def generate_until(self, requests):
+        """Text after each context, up to a stop string or max_gen_toks tokens, taken as 4 bytes each; greedy by default."""
+        texts = []
+        for request in tqdm(requests, disable=None):
+            context, options = request.args
+            stops = options.get("until") or []
+            stops, text = [stops] if isinstance(stops, str) else stops, ""
+            temperature = options.get("temperature", 0.0) if options.get("do_sample") else 0.0
+            for piece in S.stream(self.model, context or "\n", 4 * options.get("max_gen_toks", 64), temperature, seed=0):
+                text += piece
+                if any(stop in text for stop in stops if stop):
+                    break
+            texts.append(min((text.split(stop)[0] for stop in stops if stop), key=len, default=text))
+        return texts
+
+
+def evaluate_tasks(arguments):
+    """bench.py --tasks: the harness's table on the terminal and its results in out_dir/lm_eval.json."""
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("--tasks", required=True)
+    parser.add_argument("--out_dir", default="out/quick")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--include_path")
+    parser.add_argument("--device", default="")
+    args = parser.parse_args(arguments)
+    need("lm_eval", "--tasks", "lm-eval")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    model = S.load(args.out_dir, args.device)
+    manager, tasks = TaskManager(include_path=args.include_path), args.tasks.split(",")
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise BadInput(f"--tasks: lm-eval knows no task {', '.join(unknown)}; lm-eval ls tasks lists them, and "
+                       "--include_path=DIR adds a folder of your own")
+    adapter = type("Adapter", (Harness, LM), {})(model)
+    results = simple_evaluate(adapter, tasks=tasks, limit=args.limit, task_manager=manager, log_samples=False)
+    print(make_table(results))
+    path = Path(args.out_dir if Path(args.out_dir).is_dir() else ".") / "lm_eval.json"
+    with whole_file(path) as file:
+        file.write(json.dumps({k: results[k] for k in ("results", "n-samples", "versions")}, indent=1, default=str).encode())
+    print(f"written: {path}")
+
+
 def main():
     if sys.argv[1:2] == ["--runs"]:
         return compare(sys.argv[2:])
+    if any(arg.startswith("--tasks") for arg in sys.argv[1:]):
+        return evaluate_tasks(sys.argv[1:])
     files = [arg for arg in sys.argv[1:] if not arg.startswith("--")] or ["config/stlm_10m.py"]
     keys = [arg for arg in sys.argv[1:] if arg.startswith("--")]
     if "--worker" in keys:

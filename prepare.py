@@ -122,12 +122,12 @@ def printable(text):
 PRETOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's rule
 
 
-def need(package, what):
-    """Imports a package that only `what` needs; where it is missing, BadInput names it."""
+def need(module, what, package=None):
+    """Imports a module that only `what` needs; where it is missing, BadInput names its package."""
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError:
-        raise BadInput(f"{what} needs the package {package}: pip install {package}")
+        raise BadInput(f"{what} needs the package {package or module}: pip install {package or module}")
 
 
 @lru_cache(maxsize=4)
@@ -438,7 +438,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
         for batch in batches(documents(), val_fraction):
             for _, text, _ in batch:
                 sha256.update(text)
-                if bar:
+                if bar is not None:
                     bar.update(len(text))
             yield batch
 
@@ -448,7 +448,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
                 parts[0].tofile(train)
                 parts[1].tofile(val_file)
     finally:
-        if bar:
+        if bar is not None:
             bar.close()
     for a, b in (("val", "train"), ("train", "val")):  # chance, or too few documents, may leave one of them empty
         if not temp[a].stat().st_size and temp[b].stat().st_size:

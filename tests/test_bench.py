@@ -2,14 +2,17 @@
 import bz2
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, random_model, run_script
+import torch
+from conftest import TINY, assert_one_clear_line, prose, random_model, run_script
 
 import bench
+import sample as S
 import train as T
 
 CONFIG = "model = '{}'\nblock_size = {}\nn_layer = 1\nn_head = 2\nn_embd = {}\nd_byte = 16\nn_ngram = 32\ncompile = False\n"
@@ -65,3 +68,90 @@ def test_runs_side_by_side(workdir):
     noise = bench.noisy(text, np.random.default_rng(0))
     assert len(noise) == len(text) and noise.count(b" ") == pytest.approx(95_000, rel=0.01)
     assert noise == bench.noisy(text, np.random.default_rng(0))
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+def harness(patcher="words", **sizes):
+    model = random_model(**sizes)
+    model.text = {"patcher": patcher, "vocab": None}
+    return bench.Harness(model)
+
+
+def test_likelihoods_multiply_wherever_a_text_is_split():
+    """P(text) = P(beginning) P(rest | beginning) at every byte, also inside a patch: nothing is lost between the two."""
+    text = "def f(x1):\n    return naïve(x1) # one"
+    for patcher in "words", "fixed:3":
+        ours = harness(patcher)
+        whole = ours.loglikelihood([Request("", text)])[0][0]
+        splits = ours.loglikelihood([Request(*pair) for i in range(1, len(text)) for pair in [("", text[:i]), (text[:i], text[i:])]])
+        for i in range(0, len(splits), 2):
+            assert splits[i][0] + splits[i + 1][0] == pytest.approx(whole, abs=1e-3), text[: i // 2 + 1]
+
+
+def test_batched_likelihoods_equal_single_ones():
+    """Of all lengths, with no context, with one too long for the model, and with a continuation too long for it."""
+    ours, words = harness(), prose(4000).decode("utf-8", "ignore")
+    pairs = [("", "a"), ("", words[:40]), (words[:500], " b"), ("x", words[:300]), ("x", "")]
+    pairs += [(words[i : i + i % 70], words[i + i % 70 : i + 90]) for i in range(100)]
+    requests = [Request(*pair) for pair in pairs]
+    batched, single = ours.loglikelihood(requests), ours.loglikelihood(requests, batched=False)
+    for (a, greedy), (b, same) in zip(batched, single, strict=True):
+        assert a == pytest.approx(b, abs=1e-4) and greedy == same and np.isfinite(a) and a <= 0
+    cut = words[:500].encode()[-63:].decode("utf-8", "ignore")  # 64 positions: what lies further left does not count
+    assert ours.loglikelihood([Request("something else " + cut, " b")])[0][0] == pytest.approx(batched[2][0], abs=1e-4)
+
+
+@torch.no_grad()
+def test_greedy_and_generation_by_hand():
+    ours = harness()
+    for text in "def f(x)", "the naïve byte", "3.14":
+        x = S.document(ours.model, text.encode())
+        likeliest = ours.model(x[None])[0][0].argmax(-1)[:-1] % 256
+        for i in range(1, len(text)):
+            n = len(text[i:].encode())
+            by_hand = bool((likeliest[-n:] == x[-n:] % 256).all())
+            assert ours.loglikelihood([Request(text[:i], text[i:])])[0][1] == by_hand
+    text = ours.generate_until([Request("the ", {"max_gen_toks": 8})])[0]
+    assert text == S.write(ours.model, "the ", max_new_bytes=32, temperature=0, seed=0)
+    stop = text[len(text) // 2]
+    assert ours.generate_until([Request("the ", {"max_gen_toks": 8, "until": [stop, "never"]})])[0] == text.split(stop)[0]
+
+
+TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{gold}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+def test_a_local_task_through_the_harness(workdir):
+    """The real lm-evaluation-harness on a task of our own, without a network; its accuracy is the one by hand."""
+    pytest.importorskip("lm_eval", reason="pip install lm-eval")
+    T.train(T.parse([*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=60", "--learning_rate=0.02"]))
+    documents = [{"q": "the model", "choices": [" byte", "zqxj"], "gold": 0}, {"q": "def ", "choices": ["###", "patch"], "gold": 1},
+                 {"q": "", "choices": ["return", "Qqqq"], "gold": 1}]
+    Path("task").mkdir()
+    Path("task/rows.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    Path("task/local.yaml").write_text(TASK.replace("FILE", str(workdir / "task/rows.jsonl")))
+    offline = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(workdir / "hf")}
+    done = run_script("bench.py", "--tasks=local_choice", "--include_path=task", "--out_dir=run", cwd=workdir, env=offline)
+    assert done.returncode == 0, done.stderr
+    ours, right = bench.Harness(S.load("run")), 0
+    for d in documents:
+        scores = [ours.loglikelihood([Request(d["q"], " " + choice)])[0][0] for choice in d["choices"]]
+        right += int(np.argmax(scores) == d["gold"])
+    result = json.loads(Path("run/lm_eval.json").read_text())["results"]["local_choice"]
+    assert "local_choice" in done.stdout and result["acc,none"] == pytest.approx(right / len(documents))
+    done = run_script("bench.py", "--tasks=no_such_task", "--out_dir=run", cwd=workdir, env=offline)
+    assert_one_clear_line(done, "--tasks: lm-eval knows no task no_such_task")

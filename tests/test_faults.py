@@ -118,12 +118,10 @@ def test_read_only_disk(workdir):
 
 
 HIDE = """
-import sys, runpy
-class Hidden:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] in {names}:
-            raise ImportError(f"{{name}} is hidden")
-sys.meta_path.insert(0, Hidden())
+import importlib.machinery, runpy, sys
+finder = importlib.machinery.PathFinder
+find = finder.find_spec
+finder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in {names} else find(name, *rest))
 sys.path.insert(0, {root!r})
 sys.argv = {argv!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -162,7 +160,8 @@ def test_paths_with_spaces_from_another_folder(workdir):
     home = workdir / "my models" / "stlm"
     shutil.copytree(ROOT, home, ignore=shutil.ignore_patterns(".*", "data", "out"))
     config = home / "config" / "my own.py"
-    lines = ['dataset = "tiny"', 'out_dir = "out/a run"', "max_iters = 5", "n_layer = 1", "compile = False", "eval_bytes = 1000"]
+    lines = ['dataset = "tiny"', 'out_dir = "out/a run"', "max_iters = 5", "n_layer = 1", "n_ngram = 32",
+             "compile = False", "eval_bytes = 1000", "sample_bytes = 20"]
     config.write_bytes("\r\n".join(lines).encode())
     for arguments in ([home / "train.py", config], [home / "sample.py", "--out_dir=out/a run", "--prompt=the ", "--seed=1"]):
         done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=workdir)
