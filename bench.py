@@ -24,11 +24,11 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import sample as S
 import train as T
@@ -189,8 +189,10 @@ class Harness:
     """
 
     def __init__(self, model):
+        from tqdm import tqdm  # lm-eval needs it too
+
         super().__init__()
-        self.model, self.vocab = model, model.text["vocab"]
+        self.model, self.vocab, self.progress = model, model.text["vocab"], partial(tqdm, disable=None)
 
     def rows(self, context, continuation):
         """Windows of at most block_size that end with the text and cover the continuation: x, y and how many of the
@@ -217,7 +219,7 @@ class Harness:
             for k, (x, y, n) in enumerate(windows):
                 rows.append((i, x, y, n, k == len(windows) - 1 and bool(context), k == 0))
         rows.sort(key=lambda row: len(row[1]))  # little padding
-        nats, greedy, bar = [0.0] * len(requests), [True] * len(requests), tqdm(total=len(rows), disable=None)
+        nats, greedy, bar = [0.0] * len(requests), [True] * len(requests), self.progress(total=len(rows))
         room = 2**24 // self.model.wte.weight.size(0)  # positions whose logits are held at a time
         while rows:
             n_rows = max(1, room // len(rows[-1][1])) if batched else 1
@@ -245,12 +247,13 @@ class Harness:
     def loglikelihood_rolling(self, requests):
         """The nats of each whole text, as a document of its own."""
         texts = [request.args[0].encode("utf-8", "surrogatepass") for request in requests]
-        return [-float(S.score(self.model, text)[0].sum()) * math.log(2) if text else 0.0 for text in tqdm(texts, disable=None)]
+        nats = lambda text: -float(S.score(self.model, text)[0].sum()) * math.log(2) if text else 0.0
+        return [nats(text) for text in self.progress(texts)]
 
     def generate_until(self, requests):
         """Text after each context, up to a stop string or max_gen_toks tokens, taken as 4 bytes each; greedy by default."""
         texts = []
-        for request in tqdm(requests, disable=None):
+        for request in self.progress(requests):
             context, options = request.args
             stops = options.get("until") or []
             stops, text = [stops] if isinstance(stops, str) else stops, ""
