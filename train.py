@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 
 from model import GPT, STLM, Block, ByteBlock, STLMConfig
-from prepare import (KNOWN, BadInput, bytes_of_ids, encode, folder_name, prepare, printable, run, separator_of, to_text,
-                     whole_file)
+from prepare import (KNOWN, BadInput, bytes_of_ids, encode, folder_name, need, prepare, printable, run, separator_of,
+                     to_text, whole_file)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the configuration: every key, once. The comment behind a key is what --help prints.
@@ -61,13 +61,14 @@ class Config(STLMConfig):  # and the sizes of the model, from model.py
     eval_interval: int = 250          # steps between evaluations, each after a checkpoint
     eval_bytes: int = 200_000         # text to score at each; the last one scores all of it
     log_interval: int = 10            # steps between lines of the log
+    log: str = ""                     # tensorboard or wandb: where log.jsonl's lines also go
     sample_bytes: int = 400           # length of the sample at the end
     device: str = ""                  # cuda, mps or cpu; by itself the first of them that is there
     compile: bool = True              # torch.compile, where it works
 
 
-HARMLESS = {"resume", "max_iters", "max_minutes", "eval_interval", "eval_bytes", "log_interval", "sample_bytes",
-            "device", "compile"}  # what may change when a run is resumed
+HARMLESS = {"resume", "max_iters", "max_minutes", "eval_interval", "eval_bytes", "log_interval", "log",
+            "sample_bytes", "device", "compile"}  # what may change when a run is resumed
 
 
 def parse(argv):
@@ -509,6 +510,8 @@ def start(given):
         raise BadInput("set max_iters or max_minutes: a run needs an end")
     if cfg.model not in ("stlm", "gpt"):
         raise BadInput(f"model={cfg.model} is unknown: expected stlm or gpt")
+    if cfg.log not in ("", "tensorboard", "wandb"):
+        raise BadInput(f"log={cfg.log} is unknown: expected tensorboard or wandb")
     check_sizes(asdict(cfg))
     return cfg, checkpoint
 
@@ -592,11 +595,13 @@ def train(given):
             held = lock(out)  # noqa: F841, the new folder
         kept = log_path.read_text().splitlines() if cfg.resume and log_path.exists() else []
         log_path.write_text("".join(line + "\n" for line in kept if json.loads(line)["iter"] <= first))
+        log_elsewhere = other_log(cfg, out)
 
     def write_log(**entry):
         if rank == 0:
             with open(log_path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
+            log_elsewhere(entry)
 
     def save_as(name):
         if rank == 0:
@@ -695,6 +700,26 @@ def train(given):
     if world > 1:
         dist.barrier()  # a rank that leaves while another still works can crash on its way out
         dist.destroy_process_group()
+
+
+def other_log(cfg, out):
+    """A function that takes a line of the log to tensorboard or wandb; their files lie in out_dir too."""
+    if cfg.log == "tensorboard":
+        need("tensorboard", "--log=tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out)
+
+        def write(entry):
+            for key in entry.keys() - {"iter"}:
+                writer.add_scalar(key, entry[key], entry["iter"])
+            writer.flush()  # what is not written at a kill is lost
+
+        return write
+    if cfg.log == "wandb":
+        run = need("wandb", "--log=wandb").init(project="stlm", name=out.name, dir=out, config=asdict(cfg))
+        return lambda entry: run.log(entry, step=entry["iter"])
+    return lambda entry: None
 
 
 def pyplot(figure):

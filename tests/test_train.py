@@ -203,6 +203,26 @@ def test_rival_trains_and_finetune_starts_from_a_checkpoint(workdir, gpt2):
     assert_same_weights(weights("base"), weights("tuned"))  # one step of warmup from zero moves nothing
 
 
+def test_log_to_tensorboard(workdir):
+    """The same keys and numbers as log.jsonl."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="pip install tensorboard")
+    small_run("--out_dir=run", "--log=tensorboard")
+    events = accumulator.EventAccumulator("run")
+    events.Reload()
+    for key in "train_bpb", "val_bpb", "bytes", "mfu":
+        logged = [(e["iter"], e[key]) for e in T.read_log(Path("run")) if key in e]
+        seen = {e.step: e.value for e in events.Scalars(key)}
+        assert logged and all(seen[it] == pytest.approx(value, rel=1e-5) for it, value in logged)
+
+
+def test_log_to_wandb_without_a_network(workdir, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = run_script("train.py", *TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=10", "--log=wandb", cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    assert list(Path("run/wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_an_earlier_run_is_set_aside(workdir):
     small_run("--out_dir=run")
     first = weights("run")
@@ -265,6 +285,7 @@ def test_bad_keys_get_one_clear_line(tmp_path):
         (["--n_layer=0"], "expected at least 1"),
         (["--max_iters=0"], "a run needs an end"),
         (["--model=bert"], "expected stlm or gpt"),
+        (["--log=paper"], "expected tensorboard or wandb"),
         (["--dataset=nothing"], "no dataset in data/nothing"),
         (["--device=quantum"], "--device=quantum does not work here"),
         (["--resume", "--out_dir=none"], "no checkpoint none/ckpt.pt"),
