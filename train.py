@@ -250,7 +250,9 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), params in same_shape.items():
                 updates = []
                 for p in params:
-                    mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    mean = self.state[p]["momentum_buffer"]
                     mean.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(mean, group["momentum"]))  # Nesterov's
                 updates = orthogonal(torch.stack(updates).to(self.dtype))  # (matrices, rows, columns)

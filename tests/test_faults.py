@@ -148,7 +148,7 @@ def test_missing_packages(workdir):
     assert_one_clear_line(done, "pip install datasets")
 
 
-def test_no_fast_bf16(workdir, capsys):
+def test_no_fast_bf16(workdir):
     """A processor that multiplies bf16 slowly, as oneDNN makes of this one: the run says fp32 and trains."""
     slow = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = run_script("train.py", *RUN, "--max_iters=3", cwd=workdir, env=slow)
