@@ -10,8 +10,10 @@ by byte. Input and output share one byte table, so nearly every parameter sits i
 Text arrives as symbols: byte + 256 * (this byte ends its patch). prepare.py decides where patches end; nothing here
 knows the rule. 0xFF + 256 = 511 separates documents.
 """
+import json
+import os
 import runpy
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -70,12 +72,12 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, n_head, T, hd)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.extend(self, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, hd)
+        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = cache.attend(self, q, k, v)
         y = self.out(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -107,7 +109,10 @@ class ByteBlock(nn.Module):
         N, K = z.size(1), len(self.taps)
         a, b, c = self.gates(norm(z)).chunk(3, dim=-1)  # (B, N, d_byte) each
         u = with_past(a * b, K - 1, self, cache)  # (B, K - 1 + N, d_byte)
-        u = sum(self.taps[k] * u[:, k : k + N] for k in range(K))
+        if N == 1:
+            u = (self.taps * u).sum(1, keepdim=True)  # generation: two calls instead of a loop
+        else:
+            u = sum(self.taps[k] * u[:, k : k + N] for k in range(K))
         z = z + self.out(c * u)
         return z + self.mlp(norm(z))
 
@@ -134,35 +139,34 @@ class ByteContext(nn.Module):
         self.register_buffer("powers", powers, persistent=False)
 
     def forward(self, x, wte, cache=None):
-        # before a row come separators, not the zeros of with_past()
-        past = with_past(x[..., None] - SEPARATOR, WINDOW - 1, self, cache)[..., 0] + SEPARATOR
+        past = with_past(x[..., None], WINDOW - 1, self, cache, before=SEPARATOR)[..., 0]
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
         codes = codes ^ (codes >> 32)
-        followed = [self.follower(codes[..., n - 1], x, (self, n), cache) for n in self.matches]
-        z = self.match_up(wte(torch.stack(followed, -1)).flatten(2))
+        matched = codes[..., [n - 1 for n in self.matches]]
+        followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)
+        z = self.match_up(wte(followed).flatten(2))
         if self.n_ngram:
             length = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # of the patch so far, less one
-            codes = torch.cat([codes[..., n - 1, None] for n in self.grams] + [codes.gather(-1, length)], dim=-1)
+            codes = torch.cat([codes[..., [n - 1 for n in self.grams]], codes.gather(-1, length)], dim=-1)
             z = z + self.ngram_up(self.ngram(codes % self.n_ngram + self.table).flatten(2))
         return z
 
-    def follower(self, code, x, owner, cache=None):
-        """The symbol after the last earlier place in the row with the same code; a separator where there is none."""
-        if cache is not None:
-            if owner in cache.codes:
-                return cache.follower(owner, code, x)
-            cache.codes[owner], cache.symbols = cache.room(code), cache.room(x)
-        code, order = code.sort(dim=1, stable=True)  # equal codes side by side, each after the one before it
-        found = F.pad(code[:, 1:] == code[:, :-1], (1, 0))
-        before = F.pad(order[:, :-1], (1, 0))
-        symbol = torch.where(found, x.gather(1, (before + 1).clamp(max=x.size(1) - 1)), SEPARATOR)
-        return torch.zeros_like(x).scatter(1, order, symbol)
+
+def last_follower(codes, x):
+    """The symbol after the last earlier place in the row with the same code, a separator where there is none: (B, N, M)
+    for M codes a place (B, N, M) and symbols (B, N)."""
+    x = x[..., None].expand_as(codes)
+    codes, order = codes.sort(dim=1, stable=True)  # equal codes one after the other, in the order of their places
+    found = F.pad(codes[:, 1:] == codes[:, :-1], (0, 0, 1, 0))
+    before = F.pad(order[:, :-1], (0, 0, 1, 0))
+    symbol = torch.where(found, x.gather(1, (before + 1).clamp(max=x.size(1) - 1)), SEPARATOR)
+    return torch.zeros_like(symbol).scatter(1, order, symbol)
 
 
-def with_past(x, n, owner, cache=None):
-    """x (B, N, C) with the n positions before it in front: zeros, or what the cache kept for this owner."""
-    return F.pad(x, (0, 0, n, 0)) if cache is None else cache.join(owner, x, n)
+def with_past(x, n, owner, cache=None, before=0):
+    """x (B, N, C) behind the n positions before it: what the cache kept for this owner; in front of a row, `before`."""
+    return F.pad(x, (0, 0, n, 0), value=before) if cache is None else cache.join(owner, x, n, before)
 
 
 def rows_at(x, i):
@@ -210,39 +214,44 @@ class Cache:
         self.capacity = capacity  # positions of the transformer that the keys and values have room for
         self.filled = torch.zeros_like(lengths)  # (B,) of them in use
         self.rows = None  # the rows that the transformer runs on; None = a whole prompt of every row
-        self.past, self.codes, self.keys, self.values = {}, {}, {}, {}
+        self.codes = None
+        self.past, self.keys_values = {}, {}
 
-    def room(self, x):
-        """x (B, N) with room for what follows: (B, block_size)."""
-        return F.pad(x, (0, self.block_size - x.size(1)))
-
-    def follower(self, owner, code, x):
-        """One step of ByteContext.follower(): code and x are (B, 1)."""
-        codes, at = self.codes[owner], self.n_symbols[:, None] - 1
-        codes.scatter_(1, at, code)
+    def last_follower(self, codes, x):
+        """last_follower() of a prompt, and then, with codes (B, 1, M) and x (B, 1), of one symbol after the other."""
+        if self.codes is None:
+            room = self.block_size - x.size(1)
+            self.codes, self.symbols = F.pad(codes, (0, 0, 0, room)), F.pad(x, (0, room))
+            self.places = torch.arange(1, self.block_size + 1, device=x.device)[:, None]
+            return last_follower(codes, x)
+        at = self.n_symbols[:, None] - 1
+        same = (self.codes == codes) & (self.places <= at[..., None])  # (B, block_size, M)
+        after = (same * self.places).amax(1)  # (B, M) one past the last such place; 0 = none
+        self.codes.scatter_(1, at[..., None].expand_as(codes), codes)
         self.symbols.scatter_(1, at, x)
-        place = torch.arange(self.block_size, device=x.device)
-        last = torch.where((codes == code) & (place < at), place, -1).amax(1, keepdim=True)
-        return torch.where(last >= 0, self.symbols.gather(1, last + 1), SEPARATOR)
+        return torch.where(after > 0, self.symbols.gather(1, after), SEPARATOR)[:, None]
 
-    def join(self, owner, x, n):
-        if owner not in self.past:
-            self.past[owner] = x.new_zeros(len(x), n, x.size(2))
-        x = torch.cat([self.past[owner], x], dim=1)
-        last = self.new[:, None] + torch.arange(n, device=x.device)  # (B, n) the n positions up to the last real one
-        self.past[owner] = rows_at(x, last)
+    def join(self, owner, x, n, before):
+        past = self.past.get(owner)
+        x = F.pad(x, (0, 0, n, 0), value=before) if past is None else torch.cat([past, x], dim=1)
+        if past is None:  # a prompt: the n positions up to its last real one
+            self.past[owner] = rows_at(x, self.new[:, None] + torch.arange(n, device=x.device))
+        else:
+            self.past[owner] = x[:, 1:]
         return x
 
-    def extend(self, owner, k, v):
+    def attend(self, owner, q, k, v):
+        kv = torch.stack([k, v])  # (2, B, n_head, T, hd)
         if self.rows is None:
-            room = (0, 0, 0, self.capacity - k.size(2))
-            self.keys[owner], self.values[owner] = F.pad(k, room), F.pad(v, room)
-            return k, v, None
-        keys, values, at = self.keys[owner], self.values[owner], self.filled[self.rows]
-        keys[self.rows, :, at], values[self.rows, :, at] = k[:, :, 0], v[:, :, 0]
+            self.keys_values[owner] = F.pad(kv, (0, 0, 0, self.capacity - k.size(2)))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        past, at = self.keys_values[owner], self.filled[self.rows]
+        past[:, self.rows, :, at] = kv[..., 0, :].transpose(0, 1)
         n = int(at.max()) + 1
+        if len(at) == past.size(1) == 1:  # one row: nothing to leave out, nothing to copy
+            return F.scaled_dot_product_attention(q, *past[..., :n, :])
         mask = torch.arange(n, device=k.device) <= at[:, None]
-        return keys[self.rows, :, :n], values[self.rows, :, :n], mask[:, None, None]
+        return F.scaled_dot_product_attention(q, *past[:, self.rows, :, :n], attn_mask=mask[:, None, None])
 
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -262,7 +271,9 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 class LanguageModel(nn.Module):
-    """Generation for a model that has step(), is_full() and fit()."""
+    """Generation for a model that has step(), is_full() and fit(); and weights that travel."""
+
+    text = None  # how its training text was cut, a dict: set by sample.load() and from_pretrained()
 
     @torch.no_grad()
     def stream(self, prompts, max_new, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -291,6 +302,63 @@ class LanguageModel(nn.Module):
     def generate(self, prompts, max_new_bytes, temperature=1.0, top_k=None, top_p=None, generator=None):
         """The new ids of every row, (B, max_new_bytes): symbols, so one a byte (for GPT, tokens)."""
         return torch.stack(list(self.stream(prompts, max_new_bytes, temperature, top_k, top_p, generator)), dim=1)
+
+    def save_pretrained(self, folder):
+        """Writes folder/model.safetensors and folder/config.json, in the model's own dtype.
+
+        The output has no table of its own, so there is one tensor for both. Needs the package safetensors.
+        """
+        from prepare import need, whole_file
+
+        weights = need("safetensors.torch", "save_pretrained()", "safetensors").save(self.state_dict())
+        about = {"model": type(self).__name__, "sizes": asdict(self.config), "text": self.text}
+        os.makedirs(folder, exist_ok=True)
+        for name, content in ("model.safetensors", weights), ("config.json", json.dumps(about, indent=1).encode()):
+            with whole_file(os.path.join(folder, name)) as file:
+                file.write(content)
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """The model that save_pretrained() wrote into a folder, or that lies in a repository of the Hugging Face hub.
+
+        Nothing in the files is executed. Raises BadInput for a missing package and for files that are no such model.
+        """
+        from prepare import BadInput, first_line, need
+
+        load = need("safetensors.torch", "from_pretrained()", "safetensors").load_file
+        folder = Path(name)
+        try:
+            if not folder.is_dir():
+                hub = need("huggingface_hub", f"{name} is no folder; a model on the hub")
+                folder = Path(hub.snapshot_download(str(name), allow_patterns=["model.safetensors", "config.json"]))
+            about, weights = json.loads((folder / "config.json").read_text()), load(folder / "model.safetensors")
+            kind, config = {"STLM": STLM, "GPT": GPT}[about["model"]], STLMConfig(**about["sizes"])
+            if not issubclass(kind, cls):
+                raise ValueError(f"it is a {kind.__name__}")
+            build = lambda: kind(config) if kind is STLM else GPT(config, len(weights["wte.weight"]))
+            check_fit(config, build, weights)
+            model = build().to(weights["wte.weight"].dtype)
+            model.load_state_dict(weights)
+        except BadInput:
+            raise
+        except Exception as error:  # of the hub, the file system, either file's format
+            raise BadInput(f"{name} is no {cls.__name__} that save_pretrained() wrote: expected a folder with config.json and "
+                           f"model.safetensors, or the name of such a repository on the hub ({first_line(error)})")
+        model.text = about["text"]
+        return model.eval()
+
+
+def check_fit(config, build, weights):
+    """Raises ValueError unless the model that build() makes has just these weights. A file may be a stranger's: no memory
+    is taken for sizes that it only claims."""
+    if config.n_layer + config.n_encoder + config.n_decoder > len(weights):
+        raise ValueError("its config claims more layers than there are weights")
+    if max(config.block_size, config.max_patches) >= 2**20:
+        raise ValueError("its config claims too long rows")
+    with torch.device("meta"):  # shapes without memory
+        expected = build().state_dict()
+    if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in weights.items()}:
+        raise ValueError("its weights do not fit its config")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 Text in, symbols out: cuts text into patches and writes data/NAME/{train,val}.bin and meta.json for train.py.
 
     python prepare.py                                   # the source of Python's standard library: needs no network
-    python prepare.py novels/ letters.txt --name=mine   # your own text: files, folders, globs, .gz, .xz, .jsonl, -
+    python prepare.py novels/ letters.txt --name=mine   # your own text: files, folders, globs, .gz .xz .jsonl .parquet -
     python prepare.py shakespeare                       # a known dataset: shakespeare, tinystories, fineweb-edu
     python prepare.py stdlib --tokenizer=bpe:4096       # token ids instead, for the rival GPT
 
@@ -29,6 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -39,6 +40,10 @@ PIECE = 1 << 20     # bytes of text that a worker cuts at a time
 
 class BadInput(Exception):
     """The user's input is at fault: the message names the option or file, what was expected and what to do."""
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,12 +220,16 @@ KNOWN = {  # name: what it is and its size, said before it is read
     "stdlib": "the source of Python's standard library, about 12 MB, already on this machine",
     "shakespeare": "tiny Shakespeare, a download of 1.1 MB",
     "tinystories": "TinyStories (arXiv 2305.07759), 1.9 GB of text, a download of about 1 GB",
-    "fineweb-edu": "the first 4 GB of text of FineWeb-Edu's 10BT sample (arXiv 2406.17557), a download of about 2.5 GB",
+    "fineweb-edu": "the first file of FineWeb-Edu's 10BT sample (arXiv 2406.17557), a download of about 2 GB",
 }
 WITHOUT_NETWORK = ("without a network there are two ways on: --dataset=stdlib (or python prepare.py stdlib), or your own "
                    "text (python prepare.py FILES --name=mine, then --dataset=mine)")
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-HUB = {"tinystories": ("roneneldan/TinyStories", None), "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT")}
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")  # its SHA-256
+HUB = {  # name: a repository of the Hugging Face hub, and which of its files
+    "tinystories": ("roneneldan/TinyStories", "data/train-*.parquet"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/000_00000.parquet"),
+}
 
 
 def stdlib_files():
@@ -229,27 +238,54 @@ def stdlib_files():
     return [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
 
 
-def known_documents(name, limit=4e9):
-    """Yields the documents of a known dataset that must be downloaded, as open binary files."""
+def sha256_of(path):
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(PIECE):
+            sha256.update(chunk)
+    return sha256.hexdigest()
+
+
+def fetch(url, sha256, path):
+    """Downloads url to path; what an interrupted download left is kept and gone on from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
+    have = part.stat().st_size if part.exists() else 0
+    with urlopen(Request(url, headers={"Range": f"bytes={have}-"}), timeout=30) as answer:
+        resumed = answer.status == 206  # else the server sends all of it
+        with open(part, "ab" if resumed else "wb") as file:
+            shutil.copyfileobj(answer, file)
+    if sha256_of(part) != sha256:
+        part.unlink()
+        raise BadInput(f"{url} is not the file it was, its checksum differs; try again, or use another dataset")
+    os.replace(part, path)
+
+
+def known_files(name, data_dir):
+    """The files of a known dataset, downloaded where they are missing and checked. Raises BadInput."""
+    if name == "stdlib":
+        return stdlib_files()
     try:
         if name == "shakespeare":
-            from urllib.request import urlopen
-
-            yield urlopen(SHAKESPEARE, timeout=30)
-            return
-        from datasets import load_dataset
-
-        path, subset = HUB[name]
-        for row in load_dataset(path, subset, split="train", streaming=True):
-            text = row["text"].encode()
-            yield io.BytesIO(text)
-            limit -= len(text)
-            if limit <= 0:
-                return
-    except ImportError:
-        raise BadInput(f"{name} loads with the package datasets: pip install datasets; {WITHOUT_NETWORK}")
+            path = Path(data_dir) / "download" / "shakespeare.txt"
+            if not path.exists():
+                fetch(*SHAKESPEARE, path)
+            return [path]
+        hub, (repo, pattern) = need("huggingface_hub", name), HUB[name]
+        # the library shows progress, goes on after an interruption and keeps the files for the next time
+        folder = Path(hub.snapshot_download(repo, repo_type="dataset", allow_patterns=pattern))
+    except BadInput:
+        raise
     except Exception as error:  # each of these libraries has its own kinds of network error
         raise BadInput(f"{name} could not be downloaded ({' '.join(repr(error).split())[:200]}); {WITHOUT_NETWORK}")
+    paths = sorted(folder.glob(pattern))
+    for path in paths:
+        blob = path.resolve()  # the library keeps a large file under its SHA-256
+        if len(blob.name) == 64 and sha256_of(blob) != blob.name:
+            raise BadInput(f"{blob} is damaged, its checksum differs: delete it and start again")
+    if not paths:
+        raise BadInput(f"{name}: no file {pattern} in {repo}; {WITHOUT_NETWORK}")
+    return paths
 
 
 def find_files(inputs):
@@ -271,7 +307,15 @@ def find_files(inputs):
 
 
 def file_documents(path):
-    """Yields the documents of one file as open binary files: one, or one a line of a .jsonl."""
+    """Yields the documents of one file as open binary files: one, or one a line of a .jsonl or a row of a .parquet."""
+    if str(path).endswith(".parquet"):
+        parquet = need("pyarrow.parquet", f"{path} is a table, which", "pyarrow")
+        try:
+            for rows in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+                yield from (io.BytesIO(text.encode("utf-8", "surrogatepass")) for text in rows["text"].to_pylist())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BadInput(f'{path}: expected a .parquet file with a column of strings "text" ({first_line(error)})')
+        return
     kind = re.sub(r"\.(gz|xz)$", "", str(path))
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
     with sys.stdin.buffer if path == "-" else opener(path, "rb") as file:
@@ -392,12 +436,10 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
     known = inputs[0] if len(inputs) == 1 and inputs[0] in KNOWN and not os.path.exists(inputs[0]) else None
     if known:
         print(f"preparing {known}: {KNOWN[known]}", flush=True)
-    paths = stdlib_files() if known == "stdlib" else [] if known else find_files(inputs)
+    paths = known_files(known, data_dir) if known else find_files(inputs)
     val_paths = find_files([val]) if val else []
 
     def documents():
-        if known and not paths:
-            yield from ((None if not val else False, file) for file in known_documents(known))
         for path in paths:
             yield from ((None if not val else False, file) for file in file_documents(path))
         for path in val_paths:
@@ -424,7 +466,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
 
     # read and cut: the reading is watched as it goes by, for the checksum and the progress bar
     sha256 = hashlib.sha256()
-    plain = paths and not any(str(p).endswith(("gz", "xz", "-")) for p in paths)
+    plain = not any(str(p).endswith(("gz", "xz", "parquet", "-")) for p in paths)
     total = sum(map(os.path.getsize, paths + val_paths)) if plain else None
     try:
         from tqdm import tqdm

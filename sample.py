@@ -18,13 +18,16 @@ import os
 import numpy as np
 import torch
 
-from model import GPT
+from model import GPT, LanguageModel
 from prepare import BadInput, Parser, bytes_of_ids, printable, run, separator_of, to_ids, to_text, whole_file
 from train import build_model, choose_device, load_checkpoint
 
 
 def load(out_dir, device=""):
-    """The model of a training run, ready to use: out_dir/best.pt, or ckpt.pt, or a checkpoint file itself."""
+    """The model of a training run, ready to use: out_dir/best.pt, or ckpt.pt, or a checkpoint file itself; or one that
+    model.save_pretrained() wrote into out_dir."""
+    if os.path.isfile(os.path.join(out_dir, "config.json")):
+        return LanguageModel.from_pretrained(out_dir).to(choose_device(device))
     paths = [out_dir, os.path.join(out_dir, "best.pt"), os.path.join(out_dir, "ckpt.pt")]
     path = next((p for p in paths if os.path.isfile(p)), paths[-1])
     device = choose_device(device)

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, Block, ByteBlock, STLMConfig
-from prepare import (KNOWN, BadInput, bytes_of_ids, encode, folder_name, need, prepare, printable, run, separator_of,
-                     to_text, whole_file)
+from model import GPT, STLM, Block, ByteBlock, STLMConfig, check_fit
+from prepare import (KNOWN, BadInput, bytes_of_ids, encode, first_line, folder_name, need, prepare, printable, run,
+                     separator_of, to_text, whole_file)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the configuration: every key, once. The comment behind a key is what --help prints.
@@ -208,10 +208,6 @@ def check_cut(meta):
     encode(b"", meta["patcher"])
     if meta["vocab"] is not None:
         "".join(meta["vocab"]).encode("latin-1")
-
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
 def find_data(cfg):
@@ -459,12 +455,7 @@ def load_checkpoint(path, device="cpu"):
         if any(type(v) is not types.get(k, type(v)) for k, v in config.items()):
             raise ValueError("a value in its config has the wrong type")
         check_sizes(config)
-        if config["n_layer"] + config["n_encoder"] + config["n_decoder"] > len(weights):
-            raise ValueError("its config claims more layers than there are weights")
-        with torch.device("meta"):  # shapes without memory
-            expected = build_model(config, meta["vocab"]).state_dict()
-        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in weights.items()}:
-            raise ValueError("its weights do not fit its config")
+        check_fit(sizes_of(config), lambda: build_model(config, meta["vocab"]), weights)
         check_cut(meta)
     except Exception as error:
         raise BadInput(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})")
@@ -478,9 +469,14 @@ def patches_a_row(cfg, meta):
     return int(1.15 * cfg.block_size / meta["train"]["bytes_per_patch"])
 
 
+def sizes_of(config):
+    """The part of a config (a dict of train.py's keys) that is the model's."""
+    return STLMConfig(**{f.name: config[f.name] for f in fields(STLMConfig) if f.name in config})
+
+
 def build_model(config, vocab):
-    """The model of a config (a dict of train.py's keys), for symbols or for a vocabulary of tokens."""
-    size = STLMConfig(**{f.name: config[f.name] for f in fields(STLMConfig) if f.name in config})
+    """The model of a config, for symbols or for a vocabulary of tokens."""
+    size = sizes_of(config)
     return STLM(size) if config["model"] == "stlm" else GPT(size, 512 if vocab is None else len(vocab))
 
 

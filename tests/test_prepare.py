@@ -8,7 +8,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -210,6 +212,116 @@ def test_bad_input_gets_one_clear_line(tmp_path):
 
 
 def test_datasets_that_need_a_network_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(P, "SHAKESPEARE", "http://127.0.0.1:9/input.txt")  # nothing listens there
+    monkeypatch.setattr(P, "SHAKESPEARE", ("http://127.0.0.1:9/input.txt", ""))  # nothing listens there
     with pytest.raises(P.BadInput, match="could not be downloaded.*--dataset=stdlib.*your own text"):
         P.prepare(["shakespeare"], data_dir=tmp_path)
+
+
+class Mirror(BaseHTTPRequestHandler):
+    """A server of files {path: bytes}, with ranges, and of what the Hugging Face hub says about a dataset."""
+
+    files, asked, commit = {}, [], "0123456789" * 4
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if path.startswith("/api/datasets/"):
+            names = [name.split("/resolve/")[1].split("/", 1)[1] for name in self.files]
+            tree = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
+            about = {"id": "a/b", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
+            body, sha = json.dumps(tree if "/tree/" in path else about).encode(), ""
+        elif path in self.files:
+            body = self.files[path]
+            sha = hashlib.sha256(body).hexdigest()
+        else:
+            return self.send_error(404)
+        begin = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
+        if self.command == "GET":
+            self.asked.append((path, begin))
+        self.send_response(206 if begin else 200)
+        self.send_header("Content-Length", str(len(body) - begin))
+        self.send_header("ETag", f'"{sha}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[begin:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def mirror():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Mirror.files, Mirror.asked = {}, []
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_goes_on_where_it_stopped_and_is_checked(tmp_path, monkeypatch, mirror):
+    text = prose(200_000)
+    Mirror.files["/input.txt"] = text
+    monkeypatch.setattr(P, "SHAKESPEARE", (f"{mirror}/input.txt", hashlib.sha256(text).hexdigest()))
+    part = tmp_path / "download" / "shakespeare.txt.part"
+    part.parent.mkdir()
+    part.write_bytes(text[:70_000])  # what a killed download left
+    folder = P.prepare(["shakespeare"], data_dir=tmp_path)
+    assert Mirror.asked == [("/input.txt", 70_000)] and not part.exists()
+    stored = b"".join(P.decode(np.fromfile(folder / f"{split}.bin", np.uint16)) for split in ("train", "val"))
+    assert stored == text
+    P.prepare(["shakespeare"], data_dir=tmp_path, patcher="fixed:4")  # not downloaded again
+    assert len(Mirror.asked) == 1
+
+    monkeypatch.setattr(P, "SHAKESPEARE", (f"{mirror}/input.txt", "0" * 64))
+    with pytest.raises(P.BadInput, match="checksum differs"):
+        P.prepare(["shakespeare"], data_dir=tmp_path / "other")
+    assert not list((tmp_path / "other").rglob("*shakespeare*"))
+
+
+@pytest.mark.parametrize("name", ["tinystories", "fineweb-edu"])
+def test_the_hubs_datasets_load_from_a_mirror(name, tmp_path, mirror):
+    """The real libraries, in a process of its own, against a server that lays the files out as the hub does."""
+    pytest.importorskip("huggingface_hub")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    stories = [f"{prose(2_000, seed=i).decode()}{i}" for i in range(60)]
+    repo, pattern = P.HUB[name]
+    base = f"/datasets/{repo}/resolve/{Mirror.commit}"
+    names = [pattern.replace("*", f"0000{i}-of-00002") for i in range(2 if "*" in pattern else 1)]
+    for i, file in enumerate(names):
+        table = pyarrow.table({"id": list(range(len(stories)))[i :: len(names)], "text": stories[i :: len(names)]})
+        parquet.write_table(table, tmp_path / "table")
+        Mirror.files[f"{base}/{file}"] = (tmp_path / "table").read_bytes()
+    Mirror.files[f"{base}/data/validation-0.parquet"] = b"not wanted"
+
+    cache = tmp_path / "hub"
+    at_mirror = os.environ | {"HF_ENDPOINT": mirror, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    done = run_script("prepare.py", name, cwd=tmp_path, env=at_mirror)
+    assert done.returncode == 0, done.stderr
+    assert "a download of about" in done.stdout
+    stored = [P.decode(np.fromfile(tmp_path / "data" / name / f"{split}.bin", np.uint16)) for split in ("train", "val")]
+    expected = [story for i in range(len(names)) for story in stories[i :: len(names)]]
+    assert sum(map(len, stored)) == sum(len(story.encode()) for story in expected)
+    assert all(story.encode() in stored[0] or story.encode() in stored[1] for story in expected)
+    assert not any("validation" in path for path, _ in Mirror.asked)
+
+    n = len(Mirror.asked)
+    done = run_script("prepare.py", name, "--patcher=fixed:4", cwd=tmp_path, env=at_mirror | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0 and len(Mirror.asked) == n, done.stderr  # from its cache
+    blob = next(path for path in cache.rglob("blobs/*") if len(path.name) == 64)
+    blob.write_bytes(b"damaged" + blob.read_bytes()[7:])
+    done = run_script("prepare.py", name, "--patcher=fixed:5", cwd=tmp_path, env=at_mirror | {"HF_HUB_OFFLINE": "1"})
+    assert_one_clear_line(done, "checksum differs")
+
+
+def test_tables_need_a_column_of_text(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"story": ["once"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    for file in "a.parquet", "b.parquet":
+        assert_one_clear_line(run_script("prepare.py", file, cwd=tmp_path), "expected a .parquet file with a column")

@@ -1,15 +1,17 @@
 """sample.py's promises: exact scores, text that is always whole, the same seed the same text."""
+import json
 import math
 import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_one_clear_line, random_model, run_script
+from conftest import TINY, assert_one_clear_line, random_model, run_script, symbols
 
 import prepare as P
 import sample as S
 import train as T
+from model import GPT, STLM, STLMConfig
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +113,40 @@ def test_the_rival_writes_and_scores(workdir, gpt2):
     assert len(bits) == len(text.encode()) and ends.sum() == len(tokens)
     assert bits.sum() == pytest.approx(len(tokens) * math.log2(50257), rel=0.2)  # hardly trained
     assert np.isfinite(bits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["stlm", "gpt"])
+def test_weights_that_travel(kind, dtype, tmp_path):
+    """save_pretrained() and from_pretrained(): the same logits, one table, and damaged folders get one clear line."""
+    safetensors = pytest.importorskip("safetensors")
+    model = random_model() if kind == "stlm" else GPT(STLMConfig(block_size=32, n_layer=2, n_head=2, n_embd=32), 300)
+    model.to(dtype).eval()
+    model.text = {"patcher": "words", "vocab": None}
+    model.save_pretrained(tmp_path / "a")
+    again = type(model).from_pretrained(tmp_path / "a")
+    x = symbols(24)[None] % 300
+    with torch.no_grad():
+        assert again(x)[0].dtype == dtype and torch.equal(again(x)[0], model(x)[0])
+    assert again.text == model.text and not again.training
+    with safetensors.safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert sum(file.get_tensor(name).numel() for name in file.keys()) == sum(p.numel() for p in model.parameters())
+    if kind == "stlm":
+        torch.manual_seed(0)
+        text = S.write(S.load(tmp_path / "a"), "ab ", seed=1, max_new_bytes=20)  # sample.py's functions take it too
+        assert text == S.write(model, "ab ", seed=1, max_new_bytes=20)
+
+    other = GPT if kind == "stlm" else STLM
+    about = json.loads((tmp_path / "a" / "config.json").read_text())
+    for change in ({"n_layer": 3}, {"n_layer": 10**9}, {"block_size": 2**40}, {"n_embd": -32}, {"n_head": 0}, {"odd": 1}):
+        damaged = about | {"sizes": about["sizes"] | change}
+        (tmp_path / "a" / "config.json").write_text(json.dumps(damaged))
+        with pytest.raises(P.BadInput, match="expected a folder with config.json and model.safetensors"):
+            type(model).from_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(P.BadInput, match="it is a"):
+        other.from_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(P.BadInput, match="save_pretrained"):
+        type(model).from_pretrained(tmp_path / "a")
