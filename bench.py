@@ -6,6 +6,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
+    python bench.py --val out/quick out/finetune data/stdlib data/mine       # models on the validation text of datasets
     python bench.py --tasks=blimp,hellaswag,arc_easy,winogrande,piqa,lambada_openai,mmlu --out_dir=out/quick --limit=100
                                                            # the field's benchmarks, through the package lm-eval
 
@@ -57,7 +58,7 @@ def measure(given):
         T.synchronize(device)
         start = time.perf_counter()
         x, y = data.training_rows(i * cfg.batch_size, cfg.batch_size, seed=0)
-        T.take_step(model, optimizers, [(x.to(device), y.to(device))], autocast, 0.1)
+        T.take_step(model, optimizers, [(x.to(device), y.to(device))], autocast, 1.0)  # learns how often patches end
         T.synchronize(device)
         if i < WARMUP:
             first = time.perf_counter() - start if i == 0 else first
@@ -100,6 +101,21 @@ def compress(folder):
     for name, packed in (("gzip -9", gzip.compress(text, 9)), ("bzip2 -9", bz2.compress(text, 9)),
                          ("xz -9e", lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))):
         print(f"{name:10}{8 * len(packed) / len(text):8.3f}")
+
+
+def validate(folders):
+    """A line a dataset, a column a model: bits per byte on all of its validation text."""
+    models = [f for f in folders if not (Path(f) / "meta.json").is_file()]
+    print(f"{'bits per byte of validation text':34}" + "".join(f"{f:>16}" for f in models))
+    for folder in (f for f in folders if f not in models):
+        meta, line = T.load_meta(Path(folder)), f"{folder:34}"
+        for model in map(S.load, models):
+            if model.text["vocab"] != meta["vocab"]:
+                raise BadInput(f"{folder} is cut with another vocabulary than the model's: prepare it the same way")
+            data = T.Data(Path(folder), "val", meta, model.config.block_size)
+            device = str(model.wte.weight.device)
+            line += f"{T.evaluate(model, data, 16, device, T.choose_precision(device)[0]):16.4f}"
+        print(line, flush=True)
 
 
 NOISE = 0.05
@@ -299,6 +315,8 @@ def evaluate_tasks(arguments):
 def main():
     if sys.argv[1:2] == ["--runs"]:
         return compare(sys.argv[2:])
+    if sys.argv[1:2] == ["--val"]:
+        return validate(sys.argv[2:])
     if any(arg.startswith("--tasks") for arg in sys.argv[1:]):
         return evaluate_tasks(sys.argv[1:])
     files = [arg for arg in sys.argv[1:] if not arg.startswith("--")] or ["config/stlm_10m.py"]

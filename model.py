@@ -386,31 +386,34 @@ class STLM(LanguageModel):
 
         reduction="none" gives the loss of every symbol, (B * N,); "sum" their sum. y = -100 is left out.
         """
-        B, N = x.shape
+        (B, N), P = x.shape, self.config.max_patches
         z = self.encode(x, cache)  # (B, N, d_byte)
 
-        # pool: the mean of z over each closed patch, as a difference of running sums
-        closed = (x >= 256).cumsum(1)  # (B, N) patches closed at or before each byte
-        number = torch.arange(1, self.config.max_patches + 1, device=x.device).repeat(B, 1)
-        ends = (torch.searchsorted(closed, number) + 1).clamp(max=N)  # (B, P) one past the byte that closes patch p
-        starts = F.pad(ends, (1, 0))[:, :-1]
-        total = F.pad(z.float().cumsum(1), (0, 0, 1, 0))  # (B, N + 1, d_byte) in fp32: long sums
-        mean = (rows_at(total, ends) - rows_at(total, starts)) / (ends - starts).clamp(min=1)[..., None]
+        # pool: the mean of z over each patch. One place more for what follows when max_patches have closed
+        ends = (x >= 256).long()
+        closed = ends.cumsum(1)  # (B, N) patches closed at or before each byte
+        first = torch.arange(B, device=x.device)[:, None] * (P + 1)  # where a row begins when all patches lie in one row
+        own = ((closed - ends).clamp(max=P) + first).flatten()  # (B * N,) the patch that a byte belongs to
+        total = torch.zeros(B * (P + 1), z.size(2), device=x.device).index_add(0, own, z.float().flatten(0, 1))
+        count = torch.zeros_like(total[:, 0]).index_add(0, own, torch.ones_like(own, dtype=total.dtype))
+        mean = (total / count.clamp(min=1)[:, None]).view(B, P + 1, -1)[:, :P]
 
         h = self.core(mean.to(z.dtype), self.rope, cache)  # (B, P, d_byte)
 
         # unpool: each byte receives h of the last patch closed at or before it, never of its own open patch
         h = torch.cat([self.start.to(h.dtype).expand(B, 1, -1), h], dim=1)
-        patch = closed.clamp(max=self.config.max_patches)  # past max_patches no patch opens: the last h serves the rest
-        logits = self.decode(z + rows_at(h, patch), cache)  # (B, N, 512)
+        patch = closed.clamp(max=P)  # past max_patches no patch opens: the last h serves the rest
+        received = h.flatten(0, 1).index_select(0, (patch + first).flatten()).view_as(z)
+        logits = self.decode(z + received, cache)  # (B, N, 512)
 
         if cache is not None:  # what step() goes on from: the open patch of every row, and the h it receives
             last = (cache.new - 1)[:, None]
             cache.filled = patch.gather(1, last)[:, 0]
-            begin = F.pad(ends, (1, 0)).gather(1, cache.filled[:, None])  # where the open patch begins
-            cache.sum = (rows_at(total, last + 1) - rows_at(total, begin))[:, 0]
-            cache.count = (last + 1 - begin)[:, 0]
             cache.h = rows_at(h, cache.filled[:, None])[:, 0]
+            place = torch.arange(N, device=x.device)
+            open_patch = (closed - ends == closed.gather(1, last)) & (place <= last)  # (B, N)
+            cache.count = open_patch.sum(1)
+            cache.sum = (z * open_patch[..., None]).sum(1)
         if y is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)

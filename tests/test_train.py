@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_one_clear_line, random_model, read_bin, run_script, symbols
+from conftest import ROOT, TINY, assert_one_clear_line, prose, random_model, read_bin, run_script, symbols
 
 import prepare as P
 import train as T
@@ -351,3 +352,34 @@ def test_no_compiler_is_one_line(workdir):
     done = run_script("train.py", *arguments, "--dataset=tiny", "--out_dir=run", "--max_iters=3", cwd=workdir, env=hidden)
     assert done.returncode == 0, done.stderr
     assert "compile off: " in done.stdout and "no-such-compiler" in done.stdout + done.stderr
+
+
+def test_the_readmes_hacks_work(tmp_path):
+    """Every diff of the README's "Five hacks" fits the files as they are, is small, and what it makes trains."""
+    for name in ("model.py", "train.py", "prepare.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    (tmp_path / "mine.txt").write_bytes(prose(60_000))
+    original = {path: path.read_text() for path in (*tmp_path.glob("*.py"), tmp_path / "config" / "quick.py")}
+    hacks = (ROOT / "README.md").read_text().split("## Five hacks")[1].split("\n## ")[0].split("```diff\n")[1:]
+    assert len(hacks) == 5
+    run = lambda *command: subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    for hack in hacks:
+        for path, text in original.items():
+            path.write_text(text)
+        diff = hack.split("```")[0]
+        for part in diff.split("--- ")[1:]:
+            name, *lines = part.splitlines()
+            old = "\n".join(line[1:] for line in lines if line[:1] in " -")
+            new = "\n".join(line[1:] for line in lines if line[:1] in " +")
+            source = (tmp_path / name).read_text()
+            assert source.count(old) == 1, old
+            (tmp_path / name).write_text(source.replace(old, new))
+        assert diff.count("--- ") <= 2 and sum(line[0] in "+-" for line in diff.splitlines() if line[:3] != "---") <= 10
+        patcher = re.findall(r"--patcher=\w+", hack)[:1]
+        done = run("prepare.py", "mine.txt", "--name=mine", *patcher)
+        assert done.returncode == 0, done.stderr
+        done = run("train.py", "config/quick.py", "--dataset=mine", *patcher, "--n_embd=48", "--d_byte=16", "--n_ngram=64",
+                   "--block_size=64", "--batch_size=4", "--max_minutes=0", "--max_iters=20", "--compile=false")
+        assert done.returncode == 0 and "on all" in done.stdout, done.stderr
+        shutil.rmtree(tmp_path / "out")
