@@ -4,18 +4,21 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py                                        # config/stlm_10m.py and config/gpt_10m.py
     python bench.py config/stlm_50m.py                     # and config/gpt_50m.py
     python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
+    python bench.py config/stlm_10m.py config/gpt_10m.py ../nanoGPT transformers        # and other projects' GPT-2
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
     python bench.py --val out/quick out/finetune data/stdlib data/mine       # models on the validation text of datasets
     python bench.py --tasks=blimp,hellaswag,arc_easy,winogrande,piqa,lambada_openai,mmlu --out_dir=out/quick --limit=100
                                                            # the field's benchmarks, through the package lm-eval
 
-The first two read the standard library's source, so no download is needed; keys after the configs change the rival. Each
-model runs in a process of its own, one after the other. Figures are medians; the last column is ours over the rival's.
+The first four read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
+../nanoGPT is a folder that holds a clone of it, transformers the package; both get the sizes of the rival before them, and
+train as nanoGPT does on such a device. Each model runs in a process of its own, one after the other. Figures are medians.
 Of runs, folders that differ after their last dot only are seeds of one model: the table shows their mean.
 """
 import bz2
 import gzip
+import importlib.util
 import json
 import lzma
 import math
@@ -33,13 +36,13 @@ import torch
 
 import sample as S
 import train as T
-from prepare import BadInput, Parser, need, run, separator_of, to_ids, to_text, whole_file
+from prepare import BadInput, Parser, gpt2_vocab, need, run, separator_of, to_ids, to_text, whole_file
 
-STEPS, WARMUP, NEW_BYTES = 12, 3, 256
+STEPS, WARMUP = 12, 3
 
 
-def measure(given):
-    """Figures of one model: a dict of row -> value."""
+def measure(given, peer=None):
+    """Figures of one model: a dict of row -> value. peer: another project's GPT-2 of the sizes in given."""
     cfg = T.Config(**given)
     device = T.choose_device(cfg.device)
     folder = T.find_data(cfg)
@@ -48,17 +51,22 @@ def measure(given):
     data = T.Data(folder, "train", meta, cfg.block_size)
     autocast, precision, peak = T.choose_precision(device)
     torch.manual_seed(0)
-    model = T.build_model(asdict(cfg), meta["vocab"]).to(device)
-    optimizers = T.make_optimizers(model, cfg, precision)
-    if cfg.compile and not T.why_no_compile(device):
-        T.compile_blocks(model)
+    if peer is None:
+        model = T.build_model(asdict(cfg), meta["vocab"]).to(device)
+        optimizers = T.make_optimizers(model, cfg, precision)
+        if cfg.compile and not T.why_no_compile(device):
+            T.compile_blocks(model)
+        step = lambda x, y: T.take_step(model, optimizers, [(x, y)], autocast, 1.0)  # learns how often patches end
+        generate = partial(model.generate, generator=torch.Generator(device).manual_seed(0))
+    else:
+        model, step, generate = other_gpt2(peer, cfg, device)
 
     times, counts = [], 0
     for i in range(WARMUP + STEPS):
         T.synchronize(device)
         start = time.perf_counter()
         x, y = data.training_rows(i * cfg.batch_size, cfg.batch_size, seed=0)
-        T.take_step(model, optimizers, [(x.to(device), y.to(device))], autocast, 1.0)  # learns how often patches end
+        step(x.to(device), y.to(device))
         T.synchronize(device)
         if i < WARMUP:
             first = time.perf_counter() - start if i == 0 else first
@@ -66,30 +74,71 @@ def measure(given):
         times.append(time.perf_counter() - start)
         counts = counts + data.count(y)
     n_bytes, n_patches, n_symbols = map(int, counts)
-    step, flops = statistics.median(times), T.model_flops(model, n_symbols, n_patches)
+    seconds = statistics.median(times)
     cuda = device.startswith("cuda")
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    model.eval()
-    prompt = data.check(data.ids[: cfg.block_size // 2]).to(device)
-    speeds = []
-    with torch.compiler.set_stance("force_eager"):
-        for _ in range(4):
-            T.synchronize(device)
-            start = time.perf_counter()
-            ids = model.generate([prompt], NEW_BYTES, generator=torch.Generator(device).manual_seed(0))
-            T.synchronize(device)
-            speeds.append(int(data.n_bytes[ids.cpu().numpy()].sum()) / (time.perf_counter() - start))
-    return {
+    figures = {
         "parameters, M": sum(p.numel() for p in model.parameters()) / 1e6,
         "bytes of text a step": n_bytes / STEPS,
-        "training, KB/s": n_bytes / STEPS / step / 1e3,
-        "training, ms a step": step * 1e3,
-        f"MFU, % of {peak / 1e9:,.0f} GFLOP/s ({precision})": 100 * flops / STEPS / step / peak,
+        "training, KB/s": n_bytes / STEPS / seconds / 1e3,
+        "training, ms a step": seconds * 1e3,
         "first step, s (compilation)": first,
         "peak memory, MB": memory / 1e6,
-        "generation, one row, KB/s": statistics.median(speeds[1:]) / 1e3,
     }
+    if peer is None:
+        flops = T.model_flops(model, n_symbols, n_patches)
+        figures[f"MFU, % of the measured peak ({precision})"] = 100 * flops / STEPS / seconds / peak
+
+    model.eval()
+    half = cfg.block_size // 2
+    with torch.compiler.set_stance("force_eager"):
+        for rows, n in ((1, 256), (64, 64)):
+            prompts = [data.check(data.ids[i : i + half]).to(device) for i in range(0, rows * half, half)]
+            speeds = []
+            for _ in range(3):
+                T.synchronize(device)
+                start = time.perf_counter()
+                ids = generate(prompts, n)
+                T.synchronize(device)
+                speeds.append(int(data.n_bytes[ids.cpu().numpy()].sum()) / (time.perf_counter() - start))
+            figures[f"generation, {rows} row{'s' * (rows > 1)}, KB/s"] = statistics.median(speeds) / 1e3
+    return figures
+
+
+def other_gpt2(peer, cfg, device):
+    """nanoGPT's model from a clone of it, or transformers' GPT-2: the model, a training step and its generate()."""
+    V = len(gpt2_vocab()) - 1
+    sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, vocab_size=V)
+    if peer == "transformers":
+        hf = need("transformers", peer)
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, n_positions=cfg.block_size)).to(device)
+        loss = lambda x, y: model(x, labels=x).loss
+        more = dict(do_sample=True, top_k=0, pad_token_id=0)
+
+        def generate(prompts, n):
+            prompts = torch.stack(prompts)
+            return model.generate(prompts, attention_mask=prompts >= 0, max_new_tokens=n, min_new_tokens=n, **more)[:, -n:]
+    else:
+        spec = importlib.util.spec_from_file_location("nanogpt", Path(peer) / "model.py")
+        nano = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nano)
+        model = nano.GPT(nano.GPTConfig(**sizes, block_size=cfg.block_size, dropout=0.0, bias=False)).to(device)
+        loss = lambda x, y: model(x, y)[1]
+        generate = lambda prompts, n: model.generate(torch.stack(prompts), n, top_k=200)[:, -n:]
+    optimizer = torch.optim.AdamW(model.parameters(), 6e-4, (0.9, 0.95), fused=True)
+    cuda = device.startswith("cuda")  # where nanoGPT takes bf16 and compiles; elsewhere neither
+    if cuda:
+        model.compile()
+
+    def step(x, y):
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            value = loss(x, y.contiguous())
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return model, step, generate
 
 
 def compress(folder):
@@ -319,33 +368,39 @@ def main():
         return validate(sys.argv[2:])
     if any(arg.startswith("--tasks") for arg in sys.argv[1:]):
         return evaluate_tasks(sys.argv[1:])
-    files = [arg for arg in sys.argv[1:] if not arg.startswith("--")] or ["config/stlm_10m.py"]
+    models = [arg for arg in sys.argv[1:] if not arg.startswith("--")] or ["config/stlm_10m.py"]
     keys = [arg for arg in sys.argv[1:] if arg.startswith("--")]
     if "--worker" in keys:
         keys.remove("--worker")
-        print("RESULT " + json.dumps(measure(T.parse(files + keys))))
+        print("RESULT " + json.dumps(measure(T.parse(models[:1] + keys), *models[1:])))
         return
     if "--help" in keys:
         print(__doc__)
         return
     if keys and keys[0].startswith("--compress="):
         return compress(keys[0].removeprefix("--compress="))
-    if len(files) == 1:
-        files.append(files[0].replace("stlm_", "gpt_"))
-    results = []
-    for i, file in enumerate(files):
-        T.parse([file])  # refuses a missing file before any work
-        command = [sys.executable, __file__, "--worker", file, "--dataset=stdlib", *(keys if i else [])]
+    if len(models) == 1:
+        models.append(models[0].replace("stlm_", "gpt_"))
+    for key in keys:
+        T.parse([key])  # refuses a misspelt key before any work
+    text, results = [key for key in keys if key.startswith("--dataset=")], []
+    for i, name in enumerate(models):
+        if name == "transformers" or (Path(name) / "model.py").is_file():
+            worker = [config, name]  # other projects' GPT-2, of the sizes of the config before it
+        else:
+            T.parse([name])  # refuses a missing file
+            config, worker = name, [name]
+        command = [sys.executable, __file__, "--worker", *worker, "--dataset=stdlib", *(keys if i else text)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if done.returncode or not lines:
-            raise BadInput(f"{file} did not run: see above")
+            raise BadInput(f"{name} did not run: see above")
         results.append(json.loads(lines[0][7:]))
-    print(f"{'':42}" + "".join(f"{Path(f).stem:>12}" for f in files) + f"{'ratio':>9}")
-    for row, rival_row in zip(*results):
-        a, b = results[0][row], results[1][rival_row]
-        print(f"{row:42}{a:12,.2f}{b:12,.2f}{a / b:9.2f}")
-
+    ours, *rivals = results
+    print(f"{'':38}{Path(models[0]).stem:>12}" + "".join(f"{Path(name).stem:>14}{'ratio':>7}" for name in models[1:]))
+    for row, a in ours.items():
+        cells = (f"{r[row]:14,.2f}{a / r[row]:7.2f}" if row in r else f"{'-':>14}{'':7}" for r in rivals)
+        print(f"{row:38}{a:12,.2f}" + "".join(cells))
 
 if __name__ == "__main__":
     run(main)

@@ -190,9 +190,9 @@ def rotate(x, rope):
 def init_weights(model):
     """Residual branches start at zero: every layer begins as the identity. Other matrices keep the scale of x."""
     for name, p in model.named_parameters():
-        if name.endswith(("out.weight", "mlp.down.weight")):
+        if name.endswith(("out.weight", "mlp.down.weight", "ngram.weight")):
             nn.init.zeros_(p)
-        elif name.endswith(("wte.weight", "ngram.weight")):
+        elif name.endswith("wte.weight"):
             nn.init.normal_(p, std=0.05)
         elif name.endswith("taps"):
             nn.init.normal_(p, std=p.size(0) ** -0.5)

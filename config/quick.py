@@ -7,14 +7,14 @@ max_minutes = 3.75  # compilation and evaluation take the rest of the 4
 
 block_size = 512
 max_patches = 0
-n_layer = 2  # in so short a time a small core that sees more text beats a deeper one
+n_layer = 1  # in so short a time: the parameters of a second layer do more as rows of n-grams
 n_head = 3
 n_embd = 192
 d_byte = 128
-n_ngram = 8192  # a third of the parameters, but looked up, so nearly free in time
+n_ngram = 13_500  # half of the parameters, but looked up, so nearly free in time
 
-batch_size = 16
-learning_rate = 0.008  # 0.015 is 0.5% worse, 0.03 by 2%
+batch_size = 8  # 16 rows a step learn 1% less from the same text; the rival does not mind
+learning_rate = 0.008
 adam_learning_rate = 0.006
-eval_interval = 300
-log_interval = 50
+eval_interval = 600
+log_interval = 100
