@@ -7,6 +7,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py config/stlm_10m.py config/gpt_10m.py ../nanoGPT transformers        # and other projects' GPT-2
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
+    python bench.py --sizes                                # draws where the parameters of the configs lie
     python bench.py --val out/quick out/finetune data/stdlib data/mine       # models on the validation text of datasets
     python bench.py --tasks=blimp,hellaswag,arc_easy,winogrande,piqa,lambada_openai,mmlu --out_dir=out/quick --limit=100
                                                            # the field's benchmarks, through the package lm-eval
@@ -36,7 +37,7 @@ import torch
 
 import sample as S
 import train as T
-from prepare import BadInput, Parser, gpt2_vocab, need, run, separator_of, to_ids, to_text, whole_file
+from prepare import BadInput, Parser, need, run, separator_of, to_ids, to_text, whole_file
 
 STEPS, WARMUP = 12, 3
 
@@ -59,19 +60,21 @@ def measure(given, peer=None):
         step = lambda x, y: T.take_step(model, optimizers, [(x, y)], autocast, 1.0)  # learns how often patches end
         generate = partial(model.generate, generator=torch.Generator(device).manual_seed(0))
     else:
-        model, step, generate = other_gpt2(peer, cfg, device)
+        model, step, generate = other_gpt2(peer, cfg, len(data.n_bytes), device)
 
-    times, counts = [], 0
+    times, loading, counts = [], [], 0
     for i in range(WARMUP + STEPS):
         T.synchronize(device)
         start = time.perf_counter()
         x, y = data.training_rows(i * cfg.batch_size, cfg.batch_size, seed=0)
+        loaded = time.perf_counter()
         step(x.to(device), y.to(device))
         T.synchronize(device)
         if i < WARMUP:
             first = time.perf_counter() - start if i == 0 else first
             continue
         times.append(time.perf_counter() - start)
+        loading.append((loaded - start) / times[-1])
         counts = counts + data.count(y)
     n_bytes, n_patches, n_symbols = map(int, counts)
     seconds = statistics.median(times)
@@ -82,6 +85,7 @@ def measure(given, peer=None):
         "bytes of text a step": n_bytes / STEPS,
         "training, KB/s": n_bytes / STEPS / seconds / 1e3,
         "training, ms a step": seconds * 1e3,
+        "loading, % of a step": 100 * statistics.median(loading),
         "first step, s (compilation)": first,
         "peak memory, MB": memory / 1e6,
     }
@@ -105,10 +109,9 @@ def measure(given, peer=None):
     return figures
 
 
-def other_gpt2(peer, cfg, device):
+def other_gpt2(peer, cfg, vocab_size, device):
     """nanoGPT's model from a clone of it, or transformers' GPT-2: the model, a training step and its generate()."""
-    V = len(gpt2_vocab()) - 1
-    sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, vocab_size=V)
+    sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, vocab_size=vocab_size)
     if peer == "transformers":
         hf = need("transformers", peer)
         model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, n_positions=cfg.block_size)).to(device)
@@ -150,6 +153,35 @@ def compress(folder):
     for name, packed in (("gzip -9", gzip.compress(text, 9)), ("bzip2 -9", bz2.compress(text, 9)),
                          ("xz -9e", lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))):
         print(f"{name:10}{8 * len(packed) / len(text):8.3f}")
+
+
+def draw_sizes(figure=Path("images/sizes.svg")):
+    """Draws the parameters of each shipped size and of its rival: in tables, and in layers."""
+    plt = T.pyplot(figure)
+    if plt is None:
+        return
+    plt.figure(figsize=(8, 3))
+    names = [f"{kind}_{size}" for size in ("100m", "50m", "10m") for kind in ("gpt", "stlm")]
+    for name in names:
+        cfg = T.Config(**T.parse([f"config/{name}.py"]))
+        with torch.device("meta"):  # shapes without memory
+            model = T.build_model(asdict(cfg), None if cfg.model == "stlm" else range(50257))
+        total, tables = (sum(p.numel() for p in parameters) / 1e6 for parameters in (model.parameters(), tables_of(model)))
+        plt.barh(name, tables, color="C1", label="tables" if name == names[0] else None)
+        plt.barh(name, total - tables, left=tables, color="C0", label="layers" if name == names[0] else None)
+    plt.xlabel("million parameters")
+    plt.legend()
+    save_figure(plt, figure)
+
+
+def tables_of(model):
+    return [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+
+
+def save_figure(plt, figure):
+    figure.parent.mkdir(exist_ok=True)
+    plt.savefig(figure, bbox_inches="tight", metadata={"Date": None})  # the same picture, the same file
+    print(f"drawn: {figure}")
 
 
 def validate(folders):
@@ -200,7 +232,7 @@ def finished_run(folder):
     cut = [ids for text in texts for ids in (to_ids(text, meta["patcher"], meta["vocab"]), [data.separator])]
     data.ids = np.concatenate(cut).astype(np.uint16)
     noisy_bpb = T.evaluate(model, data, cfg.batch_size, device, T.choose_precision(device)[0])
-    tables = sum(p.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters())
+    tables = sum(p.numel() for p in tables_of(model))
     curve = [(e["minutes"], e["val_bpb"]) for e in log if "val_bpb" in e]
     return curve, {
         "total": sum(p.numel() for p in model.parameters()) / 1e6, "tables": tables / 1e6, "MB seen": last["bytes"] / 1e6,
@@ -236,9 +268,7 @@ def compare(folders, figure=Path("images/runs.svg")):
     plt.ylabel("bits per byte of validation text")
     plt.legend()
     plt.grid(alpha=0.3)
-    figure.parent.mkdir(exist_ok=True)
-    plt.savefig(figure, bbox_inches="tight")
-    print(f"drawn: {figure}")
+    save_figure(plt, figure)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,6 +396,8 @@ def main():
         return compare(sys.argv[2:])
     if sys.argv[1:2] == ["--val"]:
         return validate(sys.argv[2:])
+    if sys.argv[1:2] == ["--sizes"]:
+        return draw_sizes()
     if any(arg.startswith("--tasks") for arg in sys.argv[1:]):
         return evaluate_tasks(sys.argv[1:])
     models = [arg for arg in sys.argv[1:] if not arg.startswith("--")] or ["config/stlm_10m.py"]

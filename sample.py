@@ -149,6 +149,25 @@ def paint_html(text, bits, ends):
     return PAGE.format(title=f"{bits.mean():.3f} bits per byte", body="".join(spans))
 
 
+def paint_svg(text, bits, ends, columns=100):
+    """The same as a picture, for a README."""
+    x, y, shapes = 0, 0, []
+    for c, b, end in characters(text, bits, ends):
+        if c == "\n" or x + len(c) > columns:
+            x, y = 0, y + 1
+        if c == "\n":
+            continue
+        left, top, width = 8 * x + 10, 20 * y + 10, 8 * len(c)
+        shapes.append(f'<rect x="{left}" y="{top}" width="{width}" height="18" fill="rgb{shade(b)}"/>'
+                      f'<text x="{left}" y="{top + 14}" xml:space="preserve">{html.escape(c)}</text>')
+        if end:
+            shapes.append(f'<rect x="{left + width - 1}" y="{top}" width="1" height="18" fill="#08c"/>')
+        x += len(c)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{8 * columns + 20}" height="{20 * y + 40}" '
+            'font-family="monospace" font-size="13"><rect width="100%" height="100%" fill="white"/>'
+            + "".join(shapes) + "</svg>\n")
+
+
 def read_argument(value):
     """The bytes of a --prompt or --score: the text itself, or FILE:path."""
     if not value.startswith("FILE:"):
@@ -168,7 +187,7 @@ def main():
     parser.add_argument("--top_p", type=float, help="choose among the likeliest that together have this probability")
     parser.add_argument("--seed", type=int, help="the same seed writes the same text")
     parser.add_argument("--score", help="text, or FILE:path, to score instead of writing")
-    parser.add_argument("--html", help="paint the scored text into this file instead of the terminal")
+    parser.add_argument("--html", help="paint the scored text into this file (.svg: as a picture) instead of the terminal")
     parser.add_argument("--device", default="", help="cuda, mps or cpu")
     args = parser.parse_args()
     if args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
@@ -180,7 +199,8 @@ def main():
         bits, ends = score(model, text)
         if args.html:
             with whole_file(args.html) as file:
-                file.write(paint_html(text, bits, ends).encode())
+                paint = paint_svg if args.html.endswith(".svg") else paint_html
+                file.write(paint(text, bits, ends).encode())
         else:
             print(paint_terminal(text, bits, ends))
         where = f", painted in {args.html}" if args.html else ""

@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -79,6 +80,9 @@ def test_html_escapes_everything(trained, tmp_path):
     assert len(re.findall(r'title="[\d.]+ bits"', body)) == len(text.decode("utf-8", "surrogateescape"))
     bits, _ = S.score(S.load(str(trained / "out")), text)
     assert f"{bits.mean():.4f} bits per byte over {len(text)} bytes" in done.stdout
+    run_script("sample.py", f"--out_dir={trained}/out", f"--score=FILE:{tmp_path}/t.txt", f"--html={tmp_path}/o.svg", cwd=tmp_path)
+    shown = [c for c, _, _ in S.characters(text, bits, np.zeros(len(text), bool))]
+    assert [t.text for t in ElementTree.parse(tmp_path / "o.svg").iter("{http://www.w3.org/2000/svg}text")] == shown
 
 
 def test_command_line(trained):
