@@ -8,9 +8,9 @@ max_iters = 0
 max_minutes = 3.75
 
 block_size = 160  # tokens, of 3.3 bytes
-n_layer = 5
-n_head = 3
-n_embd = 156
+n_layer = 3  # 5 layers of 156 are 0.2% worse after 5 minutes of novels
+n_head = 4
+n_embd = 192
 
 batch_size = 16
 learning_rate = 0.015  # its best of 0.03, 0.015 and 0.008
