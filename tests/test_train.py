@@ -379,7 +379,7 @@ def test_the_readmes_hacks_work(tmp_path):
         patcher = re.findall(r"--patcher=\w+", hack)[:1]
         done = run("prepare.py", "mine.txt", "--name=mine", *patcher)
         assert done.returncode == 0, done.stderr
-        done = run("train.py", "config/quick.py", "--dataset=mine", *patcher, "--n_embd=48", "--d_byte=16", "--n_ngram=64",
-                   "--block_size=64", "--batch_size=4", "--max_minutes=0", "--max_iters=20", "--compile=false")
+        done = run("train.py", "config/quick.py", "--dataset=mine", *patcher, "--block_size=64", "--batch_size=4",
+                   "--max_minutes=0", "--max_iters=10", "--compile=false", "--sample_bytes=9")
         assert done.returncode == 0 and "on all" in done.stdout, done.stderr
         shutil.rmtree(tmp_path / "out")
