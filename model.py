@@ -386,7 +386,8 @@ class STLM(LanguageModel):
 
         reduction="none" gives the loss of every symbol, (B * N,); "sum" their sum. y = -100 is left out.
         """
-        (B, N), P = x.shape, self.config.max_patches
+        B, N = x.shape
+        P = min(self.config.max_patches, N)  # in a short text there are fewer
         z = self.encode(x, cache)  # (B, N, d_byte)
 
         # pool: the mean of z over each patch. One place more for what follows when max_patches have closed
@@ -398,7 +399,7 @@ class STLM(LanguageModel):
         count = torch.zeros_like(total[:, 0]).index_add(0, own, torch.ones_like(own, dtype=total.dtype))
         mean = (total / count.clamp(min=1)[:, None]).view(B, P + 1, -1)[:, :P]
 
-        h = self.core(mean.to(z.dtype), self.rope, cache)  # (B, P, d_byte)
+        h = self.core(mean.to(z.dtype), self.rope[:, :P], cache)  # (B, P, d_byte)
 
         # unpool: each byte receives h of the last patch closed at or before it, never of its own open patch
         h = torch.cat([self.start.to(h.dtype).expand(B, 1, -1), h], dim=1)
