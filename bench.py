@@ -115,7 +115,8 @@ def other_gpt2(peer, cfg, vocab_size, device):
     sizes = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, vocab_size=vocab_size)
     if peer == "transformers":
         hf = need("transformers", peer)
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, n_positions=cfg.block_size + 256, bos_token_id=None, eos_token_id=None)).to(device)
+        sizes |= dict(n_positions=cfg.block_size + 256, bos_token_id=None, eos_token_id=None)
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)).to(device)
         loss = lambda x, y: model(x, labels=x).loss
         more = dict(do_sample=True, top_k=0, pad_token_id=0)
 
