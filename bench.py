@@ -168,7 +168,7 @@ def draw_sizes(figure=Path("images/sizes.svg")):
         cfg = T.Config(**T.parse([f"config/{name}.py"]))
         with torch.device("meta"):  # shapes without memory
             model = T.build_model(asdict(cfg), None if cfg.model == "stlm" else range(50257))
-        total, tables = (sum(p.numel() for p in parameters) / 1e6 for parameters in (model.parameters(), tables_of(model)))
+        total, tables = (sum(p.numel() for p in ps) / 1e6 for ps in (model.parameters(), T.tables_of(model)))
         plt.barh(name, tables, color="C1", label="tables" if name == names[0] else None)
         plt.barh(name, total - tables, left=tables, color="C0", label="layers" if name == names[0] else None)
     plt.xlabel("million parameters")
@@ -176,28 +176,26 @@ def draw_sizes(figure=Path("images/sizes.svg")):
     save_figure(plt, figure)
 
 
-def tables_of(model):
-    return [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
-
-
 def save_figure(plt, figure):
     figure.parent.mkdir(exist_ok=True)
-    plt.savefig(figure, bbox_inches="tight", metadata={"Date": None})  # the same picture, the same file
+    plt.rcParams["svg.hashsalt"] = "stlm"  # and no date: the same picture, the same file
+    plt.savefig(figure, bbox_inches="tight", metadata={"Date": None})
     print(f"drawn: {figure}")
 
 
 def validate(folders):
     """A line a dataset, a column a model: bits per byte on all of its validation text."""
-    models = [f for f in folders if not (Path(f) / "meta.json").is_file()]
+    models = {f: S.load(f) for f in folders if not (Path(f) / "meta.json").is_file()}
+    device = T.choose_device("")  # where load() puts them
+    autocast = T.choose_precision(device)[0]
     print(f"{'bits per byte of validation text':34}" + "".join(f"{f:>16}" for f in models))
     for folder in (f for f in folders if f not in models):
         meta, line = T.load_meta(Path(folder)), f"{folder:34}"
-        for model in map(S.load, models):
+        for model in models.values():
             if model.text["vocab"] != meta["vocab"]:
                 raise BadInput(f"{folder} is cut with another vocabulary than the model's: prepare it the same way")
             data = T.Data(Path(folder), "val", meta, model.config.block_size)
-            device = str(model.wte.weight.device)
-            line += f"{T.evaluate(model, data, 16, device, T.choose_precision(device)[0]):16.4f}"
+            line += f"{T.evaluate(model, data, 16, device, autocast):16.4f}"
         print(line, flush=True)
 
 
@@ -234,7 +232,7 @@ def finished_run(folder):
     cut = [ids for text in texts for ids in (to_ids(text, meta["patcher"], meta["vocab"]), [data.separator])]
     data.ids = np.concatenate(cut).astype(np.uint16)
     noisy_bpb = T.evaluate(model, data, cfg.batch_size, device, T.choose_precision(device)[0])
-    tables = sum(p.numel() for p in tables_of(model))
+    tables = sum(p.numel() for p in T.tables_of(model))
     curve = [(e["minutes"], e["val_bpb"]) for e in log if "val_bpb" in e]
     return curve, {
         "total": sum(p.numel() for p in model.parameters()) / 1e6, "tables": tables / 1e6, "MB seen": last["bytes"] / 1e6,

@@ -268,9 +268,13 @@ def orthogonal(x):
     return x.mT if tall else x
 
 
+def tables_of(model):
+    return [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+
+
 def make_optimizers(model, cfg, precision="bf16"):
     """Muon for the matrices inside the network, AdamW for tables, taps and vectors: every parameter in exactly one."""
-    tables = [p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()]
+    tables = tables_of(model)
     matrices = [p for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
     held = {id(p) for p in tables + matrices}
     rest = [p for p in model.parameters() if id(p) not in held]

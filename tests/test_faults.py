@@ -136,9 +136,10 @@ def run_without(names, script, *arguments):
 
 def test_missing_packages(workdir):
     """Without tqdm, matplotlib or tiktoken the main job runs, and one line names what is missing; others are refused."""
-    done = run_without(["tqdm", "matplotlib", "tiktoken", "tokenizers", "huggingface_hub", "pyarrow"], "prepare.py", "val.txt", "--name=bare")
+    optional = ["tqdm", "matplotlib", "tiktoken", "tokenizers", "huggingface_hub", "pyarrow"]
+    done = run_without(optional, "prepare.py", "val.txt", "--name=bare")
     assert done.returncode == 0 and done.stdout.count("no progress bar: pip install tqdm") == 1, done.stderr
-    done = run_without(["tqdm", "matplotlib", "tiktoken", "tokenizers", "huggingface_hub", "pyarrow"], "train.py", *RUN, "--max_iters=3")
+    done = run_without(optional, "train.py", *RUN, "--max_iters=3")
     assert done.returncode == 0 and done.stdout.count("no loss.png: pip install matplotlib") == 1, done.stderr
     done = run_without(["tiktoken"], "prepare.py", "val.txt", "--patcher=gpt2")
     assert_one_clear_line(done, "pip install tiktoken")
