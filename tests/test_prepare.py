@@ -14,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_clear_line, prose, read_bin, run_script
+import torch
+from conftest import ROOT, assert_one_clear_line, prose, random_model, read_bin, run_script
 
 import prepare as P
 
@@ -218,7 +219,7 @@ def test_datasets_that_need_a_network_say_so(tmp_path, monkeypatch):
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """A server of files {path: bytes}, with ranges, and of what the Hugging Face hub says about a dataset."""
+    """A server of files {path: bytes}, with ranges, and of what the Hugging Face hub says about a repository."""
 
     files, asked, commit = {}, [], "0123456789" * 4
 
@@ -227,7 +228,7 @@ class Mirror(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0]
-        if path.startswith("/api/datasets/"):
+        if path.startswith("/api/"):
             names = [name.split("/resolve/")[1].split("/", 1)[1] for name in self.files]
             tree = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
             about = {"id": "a/b", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
@@ -316,6 +317,31 @@ def test_the_hubs_datasets_load_from_a_mirror(name, tmp_path, mirror):
     blob.write_bytes(b"damaged" + blob.read_bytes()[7:])
     done = run_script("prepare.py", name, "--patcher=fixed:5", cwd=tmp_path, env=at_mirror | {"HF_HUB_OFFLINE": "1"})
     assert_one_clear_line(done, "checksum differs")
+
+
+def test_a_model_loads_from_the_hub(tmp_path, mirror):
+    pytest.importorskip("huggingface_hub")
+    pytest.importorskip("safetensors")
+    model = random_model()
+    model.save_pretrained(tmp_path / "tiny")
+    for file in (tmp_path / "tiny").iterdir():
+        Mirror.files[f"/someone/tiny/resolve/{Mirror.commit}/{file.name}"] = file.read_bytes()
+    Mirror.files[f"/someone/tiny/resolve/{Mirror.commit}/evil.py"] = b"not wanted"
+
+    def load(name, **more):
+        code = "import sys, torch; from model import STLM; from prepare import run\n" \
+               "run(lambda: torch.save(STLM.from_pretrained(sys.argv[1]).state_dict(), 'got.pt'))"
+        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": mirror, "HF_HOME": str(tmp_path / "hub")} | more
+        return subprocess.run([sys.executable, "-c", code, name], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    done = load("someone/tiny", HF_HUB_DISABLE_XET="1")
+    assert done.returncode == 0, done.stderr
+    got, expected = torch.load(tmp_path / "got.pt", weights_only=True), model.state_dict()
+    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    assert not any("evil" in path for path, _ in Mirror.asked)
+    n = len(Mirror.asked)
+    assert load("someone/tiny", HF_HUB_OFFLINE="1").returncode == 0 and len(Mirror.asked) == n  # from its cache
+    assert_one_clear_line(load("someone/other", HF_HUB_OFFLINE="1"), "someone/other is no STLM")
 
 
 def test_tables_need_a_column_of_text(tmp_path):
