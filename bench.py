@@ -6,6 +6,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
     python bench.py config/stlm_10m.py config/gpt_10m.py ../nanoGPT transformers        # and other projects' GPT-2
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
+    python bench.py --prepare=data/stdlib                  # the speed of cutting its text, beside tiktoken's own
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
     python bench.py --sizes                                # draws where the parameters of the configs lie
     python bench.py --val out/quick out/finetune data/stdlib data/mine       # models on the validation text of datasets
@@ -27,6 +28,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
@@ -37,7 +39,8 @@ import torch
 
 import sample as S
 import train as T
-from prepare import BadInput, Parser, need, run, separator_of, to_ids, to_text, whole_file
+from prepare import (BadInput, Parser, encode, gpt2_vocab, need, prepare, run, separator_of, to_ids, to_text, tokenizer,
+                     whole_file)
 
 STEPS, WARMUP = 12, 3
 
@@ -155,6 +158,31 @@ def compress(folder):
     for name, packed in (("gzip -9", gzip.compress(text, 9)), ("bzip2 -9", bz2.compress(text, 9)),
                          ("xz -9e", lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))):
         print(f"{name:10}{8 * len(packed) / len(text):8.3f}")
+
+
+def time_prepare(folder):
+    """MB/s at cutting the training text of a dataset (of 20 MB at most): one core's, tiktoken's own, and prepare.py's, with
+    reading, writing and all cores."""
+    meta = T.load_meta(Path(folder))
+    text = to_text(T.Data(Path(folder), "train", meta, 1).ids[:20_000_000], meta["vocab"])
+    with tempfile.TemporaryDirectory() as temp:
+        file = Path(temp) / "text"
+        file.write_bytes(text)
+        from_file = partial(prepare, [str(file)], data_dir=temp)
+        as_text, gpt2 = text.decode("utf-8", "replace"), tokenizer(gpt2_vocab())
+        jobs = {
+            "words, one core": lambda: encode(text), "prepare.py, words": from_file,
+            "gpt2, one core": lambda: encode(text, "gpt2"), "prepare.py, gpt2": partial(from_file, patcher="gpt2"),
+            "tiktoken alone, one core": lambda: gpt2.encode_ordinary(as_text),
+        }
+        figures = {}
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            figures[name] = len(text) / 1e6 / (time.perf_counter() - start)
+    print(f"cutting {len(text) / 1e6:.1f} MB of text, MB/s")
+    for name, speed in figures.items():
+        print(f"{name:26}{speed:8.1f}")
 
 
 def draw_sizes(figure=Path("images/sizes.svg")):
@@ -411,6 +439,8 @@ def main():
         return
     if keys and keys[0].startswith("--compress="):
         return compress(keys[0].removeprefix("--compress="))
+    if keys and keys[0].startswith("--prepare="):
+        return time_prepare(keys[0].removeprefix("--prepare="))
     if len(models) == 1:
         models.append(models[0].replace("stlm_", "gpt_"))
     for key in keys:

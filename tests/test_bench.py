@@ -50,6 +50,14 @@ def test_compressors(workdir):
     assert bits == pytest.approx(8 * len(bz2.compress(text, 9)) / len(text), abs=1e-3)
 
 
+def test_speed_of_prepare(workdir, gpt2):
+    done = run_script("bench.py", "--prepare=data/tiny", cwd=workdir)
+    speeds = re.findall(r"^(.{26}) *([\d.]+)$", done.stdout, re.M)
+    assert [name.strip() for name, _ in speeds] == ["words, one core", "prepare.py, words", "gpt2, one core",
+                                                    "prepare.py, gpt2", "tiktoken alone, one core"]
+    assert all(float(speed) > 0 for _, speed in speeds)
+
+
 def test_runs_side_by_side(workdir):
     """Two seeds of one model make one line: the mean of what their logs end with."""
     finals = []
