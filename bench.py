@@ -166,7 +166,7 @@ def time_prepare(folder):
     meta = T.load_meta(Path(folder))
     text = to_text(T.Data(Path(folder), "train", meta, 1).ids[:20_000_000], meta["vocab"])
     with tempfile.TemporaryDirectory() as temp:
-        file = Path(temp) / "text"
+        file = Path(temp) / "text.txt"
         file.write_bytes(text)
         from_file = partial(prepare, [str(file)], data_dir=temp)
         as_text, gpt2 = text.decode("utf-8", "replace"), tokenizer(gpt2_vocab())
