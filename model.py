@@ -95,6 +95,13 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+class Loss(nn.Module):
+    """Cross-entropy in fp32; a module as the blocks are, so that train.py compiles it: one pass over the logits."""
+
+    def forward(self, logits, y, reduction):
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+
+
 class ByteBlock(nn.Module):
     """One byte layer: a gated causal depthwise convolution of a few bytes (LFM2, arXiv 2511.23404), then an MLP."""
 
@@ -378,6 +385,7 @@ class STLM(LanguageModel):
         self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
         self.start = nn.Parameter(torch.zeros(c.d_byte))  # what a byte receives before the first patch has closed
         self.decoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_decoder))
+        self.loss = Loss()
         self.register_buffer("rope", rope_table(c.max_patches, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
 
@@ -417,7 +425,7 @@ class STLM(LanguageModel):
             cache.sum = (z * open_patch[..., None]).sum(1)
         if y is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+        return logits, self.loss(logits, y, reduction)
 
     def encode(self, x, cache=None):
         z = norm(self.wte(x) + self.context(x, self.wte, cache))
@@ -479,6 +487,7 @@ class GPT(LanguageModel):
         self.config = c = config
         self.wte = nn.Embedding(vocab_size, c.n_embd)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.loss = Loss()
         self.register_buffer("rope", rope_table(c.block_size, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
 
@@ -490,7 +499,7 @@ class GPT(LanguageModel):
         logits = F.linear(norm(h), self.wte.weight)  # (B, T, vocab_size)
         if y is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+        return logits, self.loss(logits, y, reduction)
 
     def step(self, x, cache):
         cache.filled, cache.rows = cache.n_symbols - 1, torch.arange(len(x), device=x.device)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, Block, ByteBlock, STLMConfig, check_fit
+from model import GPT, STLM, Block, ByteBlock, Loss, STLMConfig, check_fit
 from prepare import (KNOWN, BadInput, bytes_of_ids, encode, first_line, folder_name, need, prepare, printable, run,
                      separator_of, to_text, whole_file)
 
@@ -400,7 +400,7 @@ def why_no_compile(device):
 def compile_blocks(model):
     """Block by block: all blocks of a kind share one compiled function, so it is ready in seconds, not minutes."""
     for module in model.modules():
-        if isinstance(module, (Block, ByteBlock)):
+        if isinstance(module, (Block, ByteBlock, Loss)):
             module.compile(dynamic=False)
 
 
