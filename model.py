@@ -36,7 +36,7 @@ class STLMConfig:
     n_encoder: int = 1       # byte layers before pooling
     n_decoder: int = 2       # byte layers after the transformer
     n_taps: int = 5          # bytes that the convolution of a byte layer sees
-    n_ngram: int = 8192      # rows of each hashed n-gram table; 0 = none
+    n_ngram: int = 40_960    # rows of the hashed n-gram table; 0 = none
     d_ngram: int = 16        # their width
     dropout: float = 0.0     # in the residual branches
 
@@ -127,8 +127,8 @@ class ByteBlock(nn.Module):
 class ByteContext(nn.Module):
     """What can be looked up instead of computed: which n-grams end at a byte, and what followed the same ones before.
 
-    The last 2, 3, 4 and 5 symbols and the patch so far are hashed, each into a table of its own (BLT, arXiv 2412.09871);
-    narrow tables, so that many rows fit. And for the last 4 and the last 8 symbols the row is searched for the place
+    The last 2, 3, 4 and 5 symbols and the patch so far are hashed to rows of one table (BLT, arXiv 2412.09871), a narrow
+    one, so that many rows fit; and a byte's place in its patch has an embedding. And for the last 4 and the last 8 symbols the row is searched for the place
     where they occurred last: the symbol that followed them there is a good guess for the next one, without learning
     and at any distance (the match model of data compressors, such as lpaq).
     """
@@ -137,10 +137,9 @@ class ByteContext(nn.Module):
         super().__init__()
         self.n_ngram, self.grams, self.matches = config.n_ngram, (2, 3, 4, 5), (4, 8)
         if config.n_ngram:
-            n_tables = len(self.grams) + 1
-            self.ngram = nn.Embedding(n_tables * config.n_ngram, config.d_ngram)
-            self.ngram_up = nn.Linear(n_tables * config.d_ngram, config.d_byte, bias=False)
-            self.register_buffer("table", torch.arange(n_tables) * config.n_ngram, persistent=False)
+            self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
+            self.ngram_up = nn.Linear((len(self.grams) + 1) * config.d_ngram, config.d_byte, bias=False)
+        self.place = nn.Embedding(WINDOW, config.d_byte)
         self.match_up = nn.Linear(len(self.matches) * config.d_byte, config.d_byte, bias=False)
         powers = torch.full((WINDOW,), 6364136223846793005).cumprod(0)  # odd, wrapping around in int64
         self.register_buffer("powers", powers, persistent=False)
@@ -152,11 +151,12 @@ class ByteContext(nn.Module):
         codes = codes ^ (codes >> 32)
         matched = codes[..., [n - 1 for n in self.matches]]
         followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)
-        z = self.match_up(wte(followed).flatten(2))
+        place = (last[..., 1:] < 256).cumprod(-1).sum(-1)  # in its patch, from 0
+        z = self.match_up(wte(followed).flatten(2)) + self.place(place)
         if self.n_ngram:
-            length = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # of the patch so far, less one
-            codes = torch.cat([codes[..., [n - 1 for n in self.grams]], codes.gather(-1, length)], dim=-1)
-            z = z + self.ngram_up(self.ngram(codes % self.n_ngram + self.table).flatten(2))
+            patch = codes.gather(-1, place[..., None]) + 1  # + 1: another row than for the n-gram of these symbols
+            codes = torch.cat([codes[..., [n - 1 for n in self.grams]], patch], dim=-1)
+            z = z + self.ngram_up(self.ngram(codes % self.n_ngram).flatten(2))
         return z
 
 
@@ -197,7 +197,7 @@ def rotate(x, rope):
 def init_weights(model):
     """Residual branches start at zero: every layer begins as the identity. Other matrices keep the scale of x."""
     for name, p in model.named_parameters():
-        if name.endswith(("out.weight", "mlp.down.weight", "ngram.weight")):
+        if name.endswith(("out.weight", "mlp.down.weight", "ngram.weight", "place.weight")):
             nn.init.zeros_(p)
         elif name.endswith("wte.weight"):
             nn.init.normal_(p, std=0.05)

@@ -9,7 +9,7 @@ n_layer = 7
 n_head = 5
 n_embd = 320
 d_byte = 160
-n_ngram = 8192
+n_ngram = 40_960
 
 batch_size = 16
 eval_interval = 1000

@@ -43,7 +43,7 @@ def keep_signal_handlers():
 
 def random_model(seed=0, **sizes):
     """A small STLM whose every parameter is random: at initialisation some are zero and would hide faults."""
-    sizes = dict(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_ngram=32) | sizes
+    sizes = dict(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_ngram=160) | sizes
     model = STLM(STLMConfig(**sizes)).eval()
     torch.manual_seed(seed)
     for p in model.parameters():
@@ -82,7 +82,7 @@ def assert_one_clear_line(done, *expected):
         assert text in lines[0], lines[0]
 
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_byte=16", "--n_ngram=32", "--block_size=64", "--max_patches=0",
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_byte=16", "--n_ngram=160", "--block_size=64", "--max_patches=0",
         "--batch_size=4", "--eval_bytes=2000", "--log_interval=5", "--compile=false", "--sample_bytes=20"]
 
 

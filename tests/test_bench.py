@@ -15,7 +15,7 @@ import bench
 import sample as S
 import train as T
 
-CONFIG = "model = '{}'\nblock_size = {}\nn_layer = 1\nn_head = 2\nn_embd = {}\nd_byte = 16\nn_ngram = 32\ncompile = False\n"
+CONFIG = "model = '{}'\nblock_size = {}\nn_layer = 1\nn_head = 2\nn_embd = {}\nd_byte = 16\nn_ngram = 160\ncompile = False\n"
 
 
 def test_both_models_side_by_side(tmp_path):

@@ -29,7 +29,7 @@ def start(script, *arguments):
 @pytest.mark.slow
 def test_killed_at_20_moments(workdir):
     """SIGKILL while it trains, evaluates or saves: the next start goes on, and the end is the same bit for bit."""
-    big = [*RUN, "--n_ngram=4000"]  # so that writing a checkpoint takes a while
+    big = [*RUN, "--n_ngram=20000"]  # so that writing a checkpoint takes a while
     T.train(T.parse([*big, "--out_dir=whole"]))
     rng, reached, halfway = random.Random(0), 0, 0
     for kill in range(20):
@@ -161,7 +161,7 @@ def test_paths_with_spaces_from_another_folder(workdir):
     home = workdir / "my models" / "stlm"
     shutil.copytree(ROOT, home, ignore=shutil.ignore_patterns(".*", "data", "out"))
     config = home / "config" / "my own.py"
-    lines = ['dataset = "tiny"', 'out_dir = "out/a run"', "max_iters = 5", "n_layer = 1", "n_ngram = 32",
+    lines = ['dataset = "tiny"', 'out_dir = "out/a run"', "max_iters = 5", "n_layer = 1", "n_ngram = 160",
              "compile = False", "eval_bytes = 1000", "sample_bytes = 20"]
     config.write_bytes("\r\n".join(lines).encode())
     for arguments in ([home / "train.py", config], [home / "sample.py", "--out_dir=out/a run", "--prompt=the ", "--seed=1"]):

@@ -165,10 +165,8 @@ def test_golden_greedy_output():
     assert out.tolist() == GOLDEN
 
 
-GOLDEN = [
-    404, 183, 183, 238, 71, 171, 85, 265, 18, 395, 183, 170, 52, 170, 270, 171, 170, 170, 170, 170, 226, 32,
-    196, 170,
-]
+GOLDEN = [120, 409, 327, 466, 199, 108, 266, 506, 108, 495, 506, 366, 452, 108, 108, 108, 108, 65, 120, 510, 120,
+          369, 300, 7]
 
 
 def test_tied_table_and_sizes():
@@ -187,7 +185,7 @@ def test_tied_table_and_sizes():
 def test_every_parameter_learns():
     """After a few steps from initialisation gradients reach every parameter."""
     torch.manual_seed(0)
-    model = STLM(STLMConfig(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_ngram=32))
+    model = STLM(STLMConfig(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_ngram=160))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = torch.stack([symbols(65, seed=i) for i in range(4)])
