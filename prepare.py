@@ -288,6 +288,12 @@ def known_files(name, data_dir):
     return paths
 
 
+def is_binary(path):
+    """Does it hold a zero byte near its beginning, as no text in UTF-8 does? (grep asks the same.)"""
+    with open(path, "rb") as file:
+        return not str(path).endswith((".gz", ".xz", ".parquet")) and b"\0" in file.read(4096)
+
+
 def find_files(inputs):
     """Turns files, folders, globs and "-" into a sorted list of paths."""
     paths = []
@@ -300,7 +306,10 @@ def find_files(inputs):
             raise BadInput(f"no such input: {name}; expected a file, folder, glob, - or one of {', '.join(KNOWN)}")
         for top in map(Path, found):
             inside = [p for p in sorted(top.rglob("*")) if p.is_file() and "/." not in f"/{p.relative_to(top)}"]
-            paths += [top] if top.is_file() else inside  # without hidden files and folders
+            texts = [p for p in inside if not is_binary(p)]
+            if len(texts) < len(inside):
+                print(f"{top}: binary files left out: {len(inside) - len(texts)} (one that is named itself is taken)")
+            paths += [top] if top.is_file() else texts  # without hidden files and folders
     if not paths:
         raise BadInput(f"no file in {' '.join(inputs)}: expected a folder with text files")
     return paths

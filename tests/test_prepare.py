@@ -111,13 +111,14 @@ def test_bpe(tmp_path):
 def test_every_kind_of_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("folder/sub")
-    texts = [b"plain\r\ntext\0\xff\xfe", b"gz " * 9, b"xz " * 9, "json é \n".encode(), b"second line", b"deep", b"from a pipe"]
+    texts = [b"plain\r\ntext\x01\xff\xfe", b"gz " * 9, b"xz " * 9, "json é \n".encode(), b"second line", b"deep", b"from a pipe"]
     open("folder/1.txt", "wb").write(texts[0])
     gzip.open("folder/2.txt.gz", "wb").write(texts[1])
     lzma.open("folder/3.xz", "wb").write(texts[2])
     open("4.jsonl", "w").write(json.dumps({"text": texts[3].decode()}) + "\n" + json.dumps({"text": "second line"}) + "\n")
     open("folder/sub/5", "wb").write(texts[5])
     open("folder/6.empty", "wb").close()
+    open("folder/7.pyc", "wb").write(b"\x61\r\r\n\0\0\0\0")  # binary: left out
     done = run_script("prepare.py", "folder", "*.jsonl", "-", "--name=all", "--val=folder/sub", cwd=tmp_path, input="from a pipe")
     assert done.returncode == 0, done.stderr
     train = read_bin("data/all/train.bin")
