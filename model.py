@@ -128,9 +128,9 @@ class ByteContext(nn.Module):
     """What can be looked up instead of computed: which n-grams end at a byte, and what followed the same ones before.
 
     The last 2, 3, 4 and 5 symbols and the patch so far are hashed to rows of one table (BLT, arXiv 2412.09871), a narrow
-    one, so that many rows fit; and a byte's place in its patch has an embedding. And for the last 4 and the last 8 symbols the row is searched for the place
-    where they occurred last: the symbol that followed them there is a good guess for the next one, without learning
-    and at any distance (the match model of data compressors, such as lpaq).
+    one, so that many rows fit; a byte's place in its patch has an embedding. And for the last 4 and the last 8 symbols the
+    row is searched for the place where they occurred last: the symbol that followed them there is a good guess for the
+    next one, without learning and at any distance (the match model of data compressors, such as lpaq).
     """
 
     def __init__(self, config):
