@@ -77,7 +77,7 @@ def test_prepare_killed(workdir):
 def test_full_disk(workdir):
     """A disk with room for the first checkpoint but not for the next: one line, and the first one is still good."""
     Path("small").mkdir()
-    size = 1_000_000
+    size = 1_300_000
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "small"], capture_output=True)
     if mounted.returncode:
         pytest.skip("a small file system cannot be mounted here")
