@@ -95,13 +95,6 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-class Loss(nn.Module):
-    """Cross-entropy in fp32; a module as the blocks are, so that train.py compiles it: one pass over the logits."""
-
-    def forward(self, logits, y, reduction):
-        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
-
-
 class ByteBlock(nn.Module):
     """One byte layer: a gated causal depthwise convolution of a few bytes (LFM2, arXiv 2511.23404), then an MLP."""
 
@@ -151,7 +144,7 @@ class ByteContext(nn.Module):
         codes = codes ^ (codes >> 32)
         matched = codes[..., [n - 1 for n in self.matches]]
         followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)
-        place = (last[..., 1:] < 256).cumprod(-1).sum(-1)  # in its patch, from 0
+        place = (last[..., 1:] < 256).cumprod(-1).sum(-1)  # in its patch, from 0 to 15
         z = self.match_up(wte(followed).flatten(2)) + self.place(place)
         if self.n_ngram:
             patch = codes.gather(-1, place[..., None]) + 1  # + 1: another row than for the n-gram of these symbols
@@ -192,6 +185,13 @@ def rotate(x, rope):
     cos, sin = rope.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class Loss(nn.Module):
+    """Cross-entropy in fp32; a module as the blocks are, so that train.py compiles it: one pass over the logits."""
+
+    def forward(self, logits, y, reduction):
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
 
 
 def init_weights(model):
