@@ -23,6 +23,8 @@ import torch.nn.functional as F
 N_SYMBOLS = 512  # a byte, and whether it ends its patch
 SEPARATOR = 511
 WINDOW = 16      # symbols that an n-gram can reach back, as long as the longest patch of prepare.py's words
+LIKELIEST = 8    # symbols whose logits the table of n-grams has a say in
+HASH = 6364136223846793005  # odd; the hash of symbols and one more is HASH * (hash + symbol + 1), wrapping around in int64
 
 
 @dataclass
@@ -36,7 +38,7 @@ class STLMConfig:
     n_encoder: int = 1       # byte layers before pooling
     n_decoder: int = 2       # byte layers after the transformer
     n_taps: int = 5          # bytes that the convolution of a byte layer sees
-    n_ngram: int = 40_960    # rows of the hashed n-gram table; 0 = none
+    n_ngram: int = 40_960    # rows of the hashed n-gram table
     d_ngram: int = 16        # their width
     dropout: float = 0.0     # in the residual branches
 
@@ -121,36 +123,39 @@ class ByteContext(nn.Module):
     """What can be looked up instead of computed: which n-grams end at a byte, and what followed the same ones before.
 
     The last 2, 3, 4 and 5 symbols and the patch so far are hashed to rows of one table (BLT, arXiv 2412.09871), a narrow
-    one, so that many rows fit; a byte's place in its patch has an embedding. And for the last 4 and the last 8 symbols the
-    row is searched for the place where they occurred last: the symbol that followed them there is a good guess for the
-    next one, without learning and at any distance (the match model of data compressors, such as lpaq).
+    one, so that many rows fit; a byte's place in its patch has an embedding. And for the last 4 symbols, the last 8 and the
+    patch so far the row is searched for the place where they occurred last: the symbol that followed them there is a good
+    guess for the next one, without learning and at any distance (the match model of data compressors, such as lpaq).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.n_ngram, self.grams, self.matches = config.n_ngram, (2, 3, 4, 5), (4, 8)
-        if config.n_ngram:
-            self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
-            self.ngram_up = nn.Linear((len(self.grams) + 1) * config.d_ngram, config.d_byte, bias=False)
+        self.grams, self.matches = (2, 3, 4, 5), (4, 8)
+        self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
+        self.ngram_up = nn.Linear((len(self.grams) + 1) * config.d_ngram, config.d_byte, bias=False)
         self.place = nn.Embedding(WINDOW, config.d_byte)
-        self.match_up = nn.Linear(len(self.matches) * config.d_byte, config.d_byte, bias=False)
-        powers = torch.full((WINDOW,), 6364136223846793005).cumprod(0)  # odd, wrapping around in int64
-        self.register_buffer("powers", powers, persistent=False)
+        self.match_up = nn.Linear((len(self.matches) + 1) * config.d_byte, config.d_byte, bias=False)
+        self.register_buffer("powers", torch.full((WINDOW,), HASH).cumprod(0), persistent=False)
 
     def forward(self, x, wte, cache=None):
+        """Symbols (B, N) to what their embeddings receive, (B, N, d_byte), and the hash of the patch that is open after
+        each, (B, N), 0 where none is."""
         past = with_past(x[..., None], WINDOW - 1, self, cache, before=SEPARATOR)[..., 0]
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
-        codes = codes ^ (codes >> 32)
-        matched = codes[..., [n - 1 for n in self.matches]]
-        followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)
         place = (last[..., 1:] < 256).cumprod(-1).sum(-1)  # in its patch, from 0 to 15
-        z = self.match_up(wte(followed).flatten(2)) + self.place(place)
-        if self.n_ngram:
-            patch = codes.gather(-1, place[..., None]) + 1  # + 1: another row than for the n-gram of these symbols
-            codes = torch.cat([codes[..., [n - 1 for n in self.grams]], patch], dim=-1)
-            z = z + self.ngram_up(self.ngram(codes % self.n_ngram).flatten(2))
-        return z
+        patch = codes.gather(-1, place[..., None])  # (B, N, 1) of the patch so far
+        matched = torch.cat([codes[..., [n - 1 for n in self.matches]], patch], dim=-1)
+        followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)
+        grams = torch.cat([self.rows(codes[..., [n - 1 for n in self.grams]]), self.patch_rows(patch)], dim=-2)
+        z = self.ngram_up(grams.flatten(2)) + self.match_up(wte(followed).flatten(2)) + self.place(place)
+        return z, torch.where(x < 256, patch[..., 0], 0)
+
+    def rows(self, codes):
+        return self.ngram((codes ^ (codes >> 32)) % self.ngram.num_embeddings)
+
+    def patch_rows(self, codes):
+        return self.rows(codes + 1)  # others than those of n-grams with the same symbols
 
 
 def last_follower(codes, x):
@@ -385,6 +390,7 @@ class STLM(LanguageModel):
         self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
         self.start = nn.Parameter(torch.zeros(c.d_byte))  # what a byte receives before the first patch has closed
         self.decoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_decoder))
+        self.query = nn.Linear(c.d_byte, c.d_ngram, bias=False)  # what a row of the n-gram table is compared with
         self.loss = Loss()
         self.register_buffer("rope", rope_table(c.max_patches, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
@@ -396,7 +402,7 @@ class STLM(LanguageModel):
         """
         B, N = x.shape
         P = min(self.config.max_patches, N)  # in a short text there are fewer
-        z = self.encode(x, cache)  # (B, N, d_byte)
+        z, open_patch = self.encode(x, cache)  # (B, N, d_byte), (B, N)
 
         # pool: the mean of z over each patch. One place more for what follows when max_patches have closed
         ends = (x >= 256).long()
@@ -413,25 +419,26 @@ class STLM(LanguageModel):
         h = torch.cat([self.start.to(h.dtype).expand(B, 1, -1), h], dim=1)
         patch = closed.clamp(max=P)  # past max_patches no patch opens: the last h serves the rest
         received = h.flatten(0, 1).index_select(0, (patch + first).flatten()).view_as(z)
-        logits = self.decode(z + received, cache)  # (B, N, 512)
+        logits = self.decode(z + received, open_patch, cache)  # (B, N, 512)
 
         if cache is not None:  # what step() goes on from: the open patch of every row, and the h it receives
             last = (cache.new - 1)[:, None]
             cache.filled = patch.gather(1, last)[:, 0]
             cache.h = rows_at(h, cache.filled[:, None])[:, 0]
             place = torch.arange(N, device=x.device)
-            open_patch = (closed - ends == closed.gather(1, last)) & (place <= last)  # (B, N)
-            cache.count = open_patch.sum(1)
-            cache.sum = (z * open_patch[..., None]).sum(1)
+            still_open = (closed - ends == closed.gather(1, last)) & (place <= last)  # (B, N)
+            cache.count = still_open.sum(1)
+            cache.sum = (z * still_open[..., None]).sum(1)
         if y is None:
             return logits, None
         return logits, self.loss(logits, y, reduction)
 
     def encode(self, x, cache=None):
-        z = norm(self.wte(x) + self.context(x, self.wte, cache))
+        context, open_patch = self.context(x, self.wte, cache)
+        z = norm(self.wte(x) + context)
         for block in self.encoder:
             z = block(z, cache)
-        return z
+        return z, open_patch
 
     def core(self, pooled, rope, cache=None):
         h = norm(self.up(pooled))  # (B, P, n_embd)
@@ -439,16 +446,23 @@ class STLM(LanguageModel):
             h = block(h, rope, cache)
         return self.down(norm(h))
 
-    def decode(self, z, cache=None):
+    def decode(self, z, open_patch, cache=None):
         for block in self.decoder:
             z = block(z, cache)
-        return F.linear(norm(z), self.wte.weight)
+        z = norm(z)
+        logits = F.linear(z, self.wte.weight)
+        # the table of n-grams is tied too: a symbol's logit also counts the row of the patch that it would make, the
+        # one that it receives as input when it comes. All 512 would be slow: the likeliest ones
+        likeliest = logits.detach().topk(LIKELIEST).indices  # (B, N, 8)
+        rows = self.context.patch_rows(HASH * (open_patch[..., None] + likeliest + 1))  # (B, N, 8, d_ngram)
+        scores = (rows * self.query(z)[..., None, :]).sum(-1)
+        return logits.scatter_add(-1, likeliest, scores.type_as(logits))
 
     # generation: one byte at a time through the byte layers, one patch at a time through the transformer
 
     def step(self, x, cache):
         """The next symbol of every row, (B,), to the logits after it, (B, 512)."""
-        z = self.encode(x[:, None], cache)  # (B, 1, d_byte)
+        z, open_patch = self.encode(x[:, None], cache)  # (B, 1, d_byte), (B, 1)
         cache.sum += z[:, 0]
         cache.count += 1
         rows = (x >= 256).nonzero()[:, 0]
@@ -459,7 +473,7 @@ class STLM(LanguageModel):
             cache.h[rows] = self.core(mean[:, None], rope, cache)[:, 0]
             cache.sum[rows], cache.count[rows] = 0.0, 0
             cache.filled[rows] += 1
-        return self.decode(z + cache.h[:, None], cache)[:, 0]
+        return self.decode(z + cache.h[:, None], open_patch, cache)[:, 0]
 
     def is_full(self, cache, x):
         c = self.config

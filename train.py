@@ -281,9 +281,10 @@ def make_optimizers(model, cfg, precision="bf16"):
     assert len(tables) + len(matrices) + len(rest) == len(list(model.parameters()))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     muon = Muon(matrices, cfg.learning_rate, cfg.weight_decay, dtype=dtype)
-    adamw = torch.optim.AdamW(tables + rest, lr=cfg.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for optimizer in (muon, adamw):
-        optimizer.param_groups[0]["base_lr"] = optimizer.param_groups[0]["lr"]
+    groups = [{"params": tables, "betas": (0.9, 0.999)}, {"params": rest}]  # a row is met rarely: a longer memory
+    adamw = torch.optim.AdamW(groups, lr=cfg.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for group in muon.param_groups + adamw.param_groups:
+        group["base_lr"] = group["lr"]
     return [muon, adamw]
 
 
@@ -373,7 +374,7 @@ def model_flops(model, n_symbols, n_patches):
     attention. The core sees patches, the rest symbols; for the rival both are tokens."""
     count = lambda *parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
     c, core = model.config, count("blocks", "up", "down")
-    rest = count("encoder", "decoder", "wte", "context.ngram_up", "context.match_up")
+    rest = count("encoder", "decoder", "wte", "context.ngram_up", "context.match_up", "query")
     patches_a_row = n_patches * c.block_size / n_symbols
     return 6 * (core * n_patches + rest * n_symbols + c.n_layer * c.n_embd * n_patches * patches_a_row)
 
@@ -520,14 +521,14 @@ def start(given):
 
 def check_sizes(config):
     """Refuses what no model can be built with or no run can do."""
-    for key in ("block_size", "n_layer", "n_head", "n_embd", "d_byte", "d_ngram", "n_taps", "batch_size", "grad_accum",
-                "eval_interval", "log_interval"):
+    for key in ("block_size", "n_layer", "n_head", "n_embd", "d_byte", "n_ngram", "d_ngram", "n_taps", "batch_size",
+                "grad_accum", "eval_interval", "log_interval"):
         if config[key] < 1:
             raise BadInput(f"{key}={config[key]}: expected at least 1")
     for key in "block_size", "max_patches":
         if not 0 <= config[key] < 2**20:
             raise BadInput(f"{key}={config[key]}: expected less than {2**20:,}")
-    for key in "n_encoder", "n_decoder", "n_ngram":
+    for key in "n_encoder", "n_decoder":
         if config[key] < 0:
             raise BadInput(f"{key}={config[key]}: expected at least 0")
     if config["n_embd"] % (2 * config["n_head"]):
