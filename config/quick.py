@@ -14,7 +14,7 @@ d_byte = 128
 n_decoder = 1  # a second layer takes a fifth more time and gains nothing in 12 MB of text
 n_ngram = 75_700  # rows: half of the parameters, but looked up, so nearly free in time
 
-batch_size = 16
+batch_size = 16  # 8 rows learn 0.7% more from 6 MB of text, 0.8% less from 12, and a step of 16 costs less a byte
 learning_rate = 0.008
 adam_learning_rate = 0.006
 eval_interval = 300
