@@ -5,6 +5,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py config/stlm_50m.py                     # and config/gpt_50m.py
     python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
     python bench.py config/stlm_10m.py config/gpt_10m.py ../nanoGPT transformers        # and other projects' GPT-2
+    python bench.py --lengths --dataset=novels             # speed and memory at rows of 1, 4 and 16 KB
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
     python bench.py --prepare=data/stdlib                  # the speed of cutting its text, beside tiktoken's own
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
@@ -13,7 +14,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py --tasks=blimp,hellaswag,arc_easy,winogrande,piqa,lambada_openai,mmlu --out_dir=out/quick --limit=100
                                                            # the field's benchmarks, through the package lm-eval
 
-The first four read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
+The first five read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
 ../nanoGPT is a folder that holds a clone of it, transformers the package; both get the sizes of the rival before them, and
 train as nanoGPT does on such a device. Each model runs in a process of its own, one after the other. Figures are medians.
 Of runs, folders that differ after their last dot only are seeds of one model: the table shows their mean.
@@ -45,8 +46,9 @@ from prepare import (BadInput, Parser, encode, gpt2_vocab, need, prepare, run, s
 STEPS, WARMUP = 12, 3
 
 
-def measure(given, peer=None):
-    """Figures of one model: a dict of row -> value. peer: another project's GPT-2 of the sizes in given."""
+def measure(given, peer=None, batches=(1, 64)):
+    """Figures of one model: a dict of row -> value. peer: another project's GPT-2 of the sizes in given. batches: how many
+    rows are written at once."""
     cfg = T.Config(**given)
     device = T.choose_device(cfg.device)
     folder = T.find_data(cfg)
@@ -96,21 +98,53 @@ def measure(given, peer=None):
         flops = T.model_flops(model, n_symbols, n_patches)
         figures[f"MFU, % of the measured peak ({precision})"] = 100 * flops / STEPS / seconds / peak
 
+    # generation: half a row is given, the rest is written; less the time for its first id, in which the half is read
     model.eval()
     half = cfg.block_size // 2
+
+    def seconds_for(prompts, n):
+        T.synchronize(device)
+        start = time.perf_counter()
+        generate(prompts, n)
+        T.synchronize(device)
+        return time.perf_counter() - start
+
     with torch.compiler.set_stance("force_eager"):
-        for rows, n in ((1, 256), (64, 64)):
+        for rows in batches:
             prompts = [data.check(data.ids[i : i + half]).to(device) for i in range(0, rows * half, half)]
-            speeds = []
-            for _ in range(3):
-                T.synchronize(device)
-                start = time.perf_counter()
-                generate(prompts, n)
-                T.synchronize(device)
-                # a token as long as in the text: what hardly trained models write is longer
-                speeds.append(rows * n * n_bytes / n_symbols / (time.perf_counter() - start))
-            figures[f"generation, {rows} row{'s' * (rows > 1)}, KB/s"] = statistics.median(speeds) / 1e3
+            seconds_for(prompts, 2)  # a first call is slower
+            first_id = statistics.median(seconds_for(prompts, 1) for _ in range(3))
+            rest = min(half, 512) - 1
+            seconds = seconds_for(prompts, 1 + rest) - first_id
+            # a token as long as in the text: what hardly trained models write is longer
+            name = f"{rows} row{'s' * (rows > 1)}"
+            figures[f"reading half a row, {name}, ms"] = 1e3 * first_id
+            figures[f"writing after it, {name}, KB/s"] = rows * rest * n_bytes / n_symbols / seconds / 1e3
     return figures
+
+
+def in_a_process(*arguments):
+    """What measure() gives for such arguments of bench.py, in a process of its own: memory and compilation are its alone."""
+    done = subprocess.run([sys.executable, __file__, "--worker", *arguments], stdout=subprocess.PIPE, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise BadInput(f"{arguments[0]} did not run: see above")
+    return json.loads(lines[0][7:])
+
+
+def by_length(models, keys):
+    """Prints what longer rows cost: as many bytes a step in fewer rows, and one row written from its half on."""
+    print(f"{'':12}{'bytes a row':>12}{'rows':>6}{'training, KB/s':>16}{'memory, MB':>12}{'reading half, ms':>18}"
+          f"{'writing, ms a byte':>20}")
+    for name in models:
+        cfg = T.Config(**T.parse([name, *keys]))
+        symbol = 4 if cfg.model == "gpt" else 1  # bytes of text, about
+        for n_bytes in 1024, 4096, 16384:
+            rows = max(1, cfg.batch_size * cfg.block_size * symbol // n_bytes)
+            sizes = f"--block_size={n_bytes // symbol}", f"--batch_size={rows}"
+            r = in_a_process(name, "--one_row", "--dataset=stdlib", *keys, *sizes)
+            print(f"{Path(name).stem:12}{n_bytes:12,}{rows:6}{r['training, KB/s']:16.2f}{r['peak memory, MB']:12,.0f}"
+                  f"{r['reading half a row, 1 row, ms']:18.1f}{1 / r['writing after it, 1 row, KB/s']:20.2f}", flush=True)
 
 
 def other_gpt2(peer, cfg, vocab_size, device):
@@ -432,7 +466,9 @@ def main():
     keys = [arg for arg in sys.argv[1:] if arg.startswith("--")]
     if "--worker" in keys:
         keys.remove("--worker")
-        print("RESULT " + json.dumps(measure(T.parse(models[:1] + keys), *models[1:])))
+        batches = (1,) if "--one_row" in keys else (1, 64)
+        keys = [key for key in keys if key != "--one_row"]
+        print("RESULT " + json.dumps(measure(T.parse(models[:1] + keys), *models[1:], batches=batches)))
         return
     if "--help" in keys:
         print(__doc__)
@@ -443,6 +479,8 @@ def main():
         return time_prepare(keys[0].removeprefix("--prepare="))
     if len(models) == 1:
         models.append(models[0].replace("stlm_", "gpt_"))
+    if keys and keys[0] == "--lengths":
+        return by_length(models, keys[1:])
     for key in keys:
         T.parse([key])  # refuses a misspelt key before any work
     text, results = [key for key in keys if key.startswith("--dataset=")], []
@@ -452,12 +490,7 @@ def main():
         else:
             T.parse([name])  # refuses a missing file
             config, worker = name, [name]
-        command = [sys.executable, __file__, "--worker", *worker, "--dataset=stdlib", *(keys if i else text)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if done.returncode or not lines:
-            raise BadInput(f"{name} did not run: see above")
-        results.append(json.loads(lines[0][7:]))
+        results.append(in_a_process(*worker, "--dataset=stdlib", *(keys if i else text)))
     ours, *rivals = results
     print(f"{'':38}{Path(models[0]).stem:>12}" + "".join(f"{Path(name).stem:>14}{'ratio':>7}" for name in models[1:]))
     for row, a in ours.items():

@@ -76,10 +76,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, hd)
         (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
+        if cache is not None:
             y = cache.attend(self, q, k, v)
+        elif x.is_cpu and T <= 256:  # plain products: for rows this short the fused kernel takes up to twice as long
+            future = torch.ones(T, T, dtype=torch.bool).triu(1)
+            y = (q @ k.mT * q.size(-1) ** -0.5).float().masked_fill(future, -torch.inf).softmax(-1).type_as(v) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = self.out(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -119,6 +122,24 @@ class ByteBlock(nn.Module):
         return z + self.mlp(norm(z))
 
 
+class Head(nn.Module):
+    """From the byte layers to logits. A module as the blocks are, so that train.py compiles it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.query = nn.Linear(config.d_byte, config.d_ngram, bias=False)  # what rows of the n-gram table are compared with
+
+    def forward(self, z, open_patch, wte, context):
+        z = norm(z)
+        logits = F.linear(z, wte.weight)
+        # the table of n-grams is tied too: a symbol's logit also counts the row of the patch that it would make, the
+        # one that it receives as input when it comes. All 512 would be slow: the likeliest ones
+        likeliest = logits.detach().topk(LIKELIEST).indices  # (B, N, 8)
+        rows = context.rows(HASH * (open_patch[..., None] + likeliest + 1) + 1)  # (B, N, 8, d_ngram)
+        scores = (rows * self.query(z)[..., None, :]).sum(-1)
+        return logits.scatter_add(-1, likeliest, scores.type_as(logits))
+
+
 class ByteContext(nn.Module):
     """What can be looked up instead of computed: which n-grams end at a byte, and what followed the same ones before.
 
@@ -147,15 +168,12 @@ class ByteContext(nn.Module):
         patch = codes.gather(-1, place[..., None])  # (B, N, 1) of the patch so far
         matched = torch.cat([codes[..., [n - 1 for n in self.matches]], patch], dim=-1)
         followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)
-        grams = torch.cat([self.rows(codes[..., [n - 1 for n in self.grams]]), self.patch_rows(patch)], dim=-2)
+        grams = self.rows(torch.cat([codes[..., [n - 1 for n in self.grams]], patch + 1], dim=-1))  # + 1: others than the n-grams of the same symbols
         z = self.ngram_up(grams.flatten(2)) + self.match_up(wte(followed).flatten(2)) + self.place(place)
         return z, torch.where(x < 256, patch[..., 0], 0)
 
     def rows(self, codes):
         return self.ngram((codes ^ (codes >> 32)) % self.ngram.num_embeddings)
-
-    def patch_rows(self, codes):
-        return self.rows(codes + 1)  # others than those of n-grams with the same symbols
 
 
 def last_follower(codes, x):
@@ -390,7 +408,7 @@ class STLM(LanguageModel):
         self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
         self.start = nn.Parameter(torch.zeros(c.d_byte))  # what a byte receives before the first patch has closed
         self.decoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_decoder))
-        self.query = nn.Linear(c.d_byte, c.d_ngram, bias=False)  # what a row of the n-gram table is compared with
+        self.head = Head(c)
         self.loss = Loss()
         self.register_buffer("rope", rope_table(c.max_patches, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
@@ -449,14 +467,7 @@ class STLM(LanguageModel):
     def decode(self, z, open_patch, cache=None):
         for block in self.decoder:
             z = block(z, cache)
-        z = norm(z)
-        logits = F.linear(z, self.wte.weight)
-        # the table of n-grams is tied too: a symbol's logit also counts the row of the patch that it would make, the
-        # one that it receives as input when it comes. All 512 would be slow: the likeliest ones
-        likeliest = logits.detach().topk(LIKELIEST).indices  # (B, N, 8)
-        rows = self.context.patch_rows(HASH * (open_patch[..., None] + likeliest + 1))  # (B, N, 8, d_ngram)
-        scores = (rows * self.query(z)[..., None, :]).sum(-1)
-        return logits.scatter_add(-1, likeliest, scores.type_as(logits))
+        return self.head(z, open_patch, self.wte, self.context)
 
     # generation: one byte at a time through the byte layers, one patch at a time through the transformer
 

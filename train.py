@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, Block, ByteBlock, Loss, STLMConfig, check_fit
+from model import GPT, STLM, Block, ByteBlock, Head, Loss, STLMConfig, check_fit
 from prepare import (KNOWN, BadInput, bytes_of_ids, encode, first_line, folder_name, need, prepare, printable, run,
                      separator_of, to_text, whole_file)
 
@@ -374,7 +374,7 @@ def model_flops(model, n_symbols, n_patches):
     attention. The core sees patches, the rest symbols; for the rival both are tokens."""
     count = lambda *parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
     c, core = model.config, count("blocks", "up", "down")
-    rest = count("encoder", "decoder", "wte", "context.ngram_up", "context.match_up", "query")
+    rest = count("encoder", "decoder", "wte", "context.ngram_up", "context.match_up", "head")
     patches_a_row = n_patches * c.block_size / n_symbols
     return 6 * (core * n_patches + rest * n_symbols + c.n_layer * c.n_embd * n_patches * patches_a_row)
 
@@ -401,7 +401,7 @@ def why_no_compile(device):
 def compile_blocks(model):
     """Block by block: all blocks of a kind share one compiled function, so it is ready in seconds, not minutes."""
     for module in model.modules():
-        if isinstance(module, (Block, ByteBlock, Loss)):
+        if isinstance(module, (Block, ByteBlock, Head, Loss)):
             module.compile(dynamic=False)
 
 

@@ -24,9 +24,9 @@ def test_both_models_side_by_side(tmp_path):
     others = ["gpt_tiny.py", "transformers"] if importlib.util.find_spec("transformers") else []
     done = run_script("bench.py", "stlm_tiny.py", *others, "--patcher=fixed:1", cwd=tmp_path)  # the rival on flat bytes
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()[-10:]
+    lines = done.stdout.splitlines()[-12:]
     table = {line[:38].strip(): [float(v.replace(",", "")) for v in line[38:].split() if v != "-"] for line in lines}
-    assert len(table) == 10 and not others or len(table["generation, 64 rows, KB/s"]) == 5
+    assert len(table) == 12 and (not others or len(table["writing after it, 64 rows, KB/s"]) == 5)
     for ours, rival, ratio, *_ in table.values():
         assert ours >= 0 and rival >= 0
         if min(ours, rival) > 1:  # smaller figures are printed too coarsely to compare

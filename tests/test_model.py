@@ -125,7 +125,7 @@ def test_a_symbol_is_scored_with_the_row_it_will_receive():
     z = model.wte(row.roll(-1))[None]  # as if sure of the next symbol
     logits = model.decode(z, open_patch)[0]
     scored = looked_up.pop()[0]  # (40, 8)
-    model.query.weight.zero_()
+    model.head.query.weight.zero_()
     plain = model.decode(z, open_patch)[0]
     likeliest = plain.topk(LIKELIEST).indices
     expected = (likeliest[:-1] == row[1:, None]).nonzero()  # (byte, place among its likeliest)
