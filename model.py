@@ -141,36 +141,51 @@ class Head(nn.Module):
 
 
 class ByteContext(nn.Module):
-    """What can be looked up instead of computed: which n-grams end at a byte, and what followed the same ones before.
+    """The embedding of a byte: everything about it and about what came before that can be looked up, added.
 
-    The last 2, 3, 4 and 5 symbols and the patch so far are hashed to rows of one table (BLT, arXiv 2412.09871), a narrow
-    one, so that many rows fit; a byte's place in its patch has an embedding. And for the last 4 symbols, the last 8 and the
-    patch so far the row is searched for the place where they occurred last: the symbol that followed them there is a good
-    guess for the next one, without learning and at any distance (the match model of data compressors, such as lpaq).
+    Its row of the byte table, and one for its place in its patch. The last 2, 3, 4 and 5 symbols and the patch so far,
+    hashed to rows of one table (BLT, arXiv 2412.09871), a narrow one, so that many rows fit. And for the last 4 symbols, the
+    last 8 and the patch so far the row is searched for the place where they occurred last: the symbol that followed them
+    there is a good guess for the next one, without learning and at any distance (the match model of data compressors, such
+    as lpaq).
     """
 
     def __init__(self, config):
         super().__init__()
         self.grams, self.matches = (2, 3, 4, 5), (4, 8)
+        M = len(self.matches) + 1
         self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
         self.ngram_up = nn.Linear((len(self.grams) + 1) * config.d_ngram, config.d_byte, bias=False)
         self.place = nn.Embedding(WINDOW, config.d_byte)
-        self.match_up = nn.Linear((len(self.matches) + 1) * config.d_byte, config.d_byte, bias=False)
+        self.match_up = nn.Linear(M * config.d_byte, config.d_byte, bias=False)
         self.register_buffer("powers", torch.full((WINDOW,), HASH).cumprod(0), persistent=False)
+        self.register_buffer("offsets", N_SYMBOLS * torch.arange(M + 2), persistent=False)
 
     def forward(self, x, wte, cache=None):
-        """Symbols (B, N) to what their embeddings receive, (B, N, d_byte), and the hash of the patch that is open after
-        each, (B, N), 0 where none is."""
+        """Symbols (B, N) to embeddings (B, N, d_byte), and the hash of the patch that is open after each, (B, N), 0 where
+        none is."""
         past = with_past(x[..., None], WINDOW - 1, self, cache, before=SEPARATOR)[..., 0]
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
-        place = (last[..., 1:] < 256).cumprod(-1).sum(-1)  # in its patch, from 0 to 15
-        patch = codes.gather(-1, place[..., None])  # (B, N, 1) of the patch so far
+        place = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
+        patch = codes.gather(-1, place)  # (B, N, 1) of the patch so far
         matched = torch.cat([codes[..., [n - 1 for n in self.matches]], patch], dim=-1)
-        followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)
-        grams = self.rows(torch.cat([codes[..., [n - 1 for n in self.grams]], patch + 1], dim=-1))  # + 1: others than the n-grams of the same symbols
-        z = self.ngram_up(grams.flatten(2)) + self.match_up(wte(followed).flatten(2)) + self.place(place)
+        followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)  # (B, N, 3)
+        which = torch.cat([x[..., None], followed, place], dim=-1) + self.offsets  # (B, N, 5) rows of the table
+        table = self.table(wte) if cache is None or cache.table is None else cache.table
+        if cache is not None:
+            cache.table = table
+        # a patch has another row than the n-gram of the same symbols: + 1
+        grams = self.rows(torch.cat([codes[..., [n - 1 for n in self.grams]], patch + 1], dim=-1))  # (B, N, 5, d_ngram)
+        z = F.embedding(which, table).sum(2) + self.ngram_up(grams.flatten(2))
         return z, torch.where(x < 256, patch[..., 0], 0)
+
+    def table(self, wte):
+        """The byte table, what each of its symbols means as a follower, and the places: (512 * 4 + 16, d_byte). Followers
+        go through their matrix here, 512 symbols, not every byte."""
+        M, d = len(self.matches) + 1, wte.embedding_dim
+        follower = torch.einsum("vd,emd->mve", wte.weight, self.match_up.weight.view(d, M, d)).flatten(0, 1)
+        return torch.cat([wte.weight, follower.type_as(wte.weight), self.place.weight])
 
     def rows(self, codes):
         return self.ngram((codes ^ (codes >> 32)) % self.ngram.num_embeddings)
@@ -244,7 +259,7 @@ class Cache:
         self.capacity = capacity  # positions of the transformer that the keys and values have room for
         self.filled = torch.zeros_like(lengths)  # (B,) of them in use
         self.rows = None  # the rows that the transformer runs on; None = a whole prompt of every row
-        self.codes = None
+        self.codes = self.table = None
         self.past, self.keys_values = {}, {}
 
     def last_follower(self, codes, x):
@@ -452,8 +467,8 @@ class STLM(LanguageModel):
         return logits, self.loss(logits, y, reduction)
 
     def encode(self, x, cache=None):
-        context, open_patch = self.context(x, self.wte, cache)
-        z = norm(self.wte(x) + context)
+        z, open_patch = self.context(x, self.wte, cache)
+        z = norm(z)
         for block in self.encoder:
             z = block(z, cache)
         return z, open_patch

@@ -374,7 +374,7 @@ def model_flops(model, n_symbols, n_patches):
     attention. The core sees patches, the rest symbols; for the rival both are tokens."""
     count = lambda *parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
     c, core = model.config, count("blocks", "up", "down")
-    rest = count("encoder", "decoder", "wte", "context.ngram_up", "context.match_up", "head")
+    rest = count("encoder", "decoder", "wte", "context.ngram_up", "head")
     patches_a_row = n_patches * c.block_size / n_symbols
     return 6 * (core * n_patches + rest * n_symbols + c.n_layer * c.n_embd * n_patches * patches_a_row)
 

@@ -39,7 +39,7 @@ def test_operations_by_hand():
     model = random_model()  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 5 taps, one byte layer before and two after
     core = 2 * (4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32
     byte_layers = 3 * (4 * 16 * 16 + 4 * 16 * 16 + 5 * 16) + 512 * 16
-    byte_layers += 3 * 16 * 16 + 5 * 16 * 16 + 16 * 16  # what followed three matches, five n-grams, the query
+    byte_layers += 5 * 16 * 16 + 16 * 16  # five n-grams, the query
     attention = 2 * 6 * 10 * 10 * 32  # 10 patches in one row of 64 symbols
     assert T.model_flops(model, 64, 10) == 6 * core * 10 + 6 * byte_layers * 64 + attention
 
