@@ -16,7 +16,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
 
 The first five read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
 ../nanoGPT is a folder that holds a clone of it, transformers the package; both get the sizes of the rival before them, and
-train as nanoGPT does on such a device. Each model runs in a process of its own, one after the other. Figures are medians.
+train as nanoGPT does on such a device. Each model runs in a process of its own, one after the other. Figures of training are medians.
 Of runs, folders that differ after their last dot only are seeds of one model: the table shows their mean.
 """
 import bz2
