@@ -96,6 +96,7 @@ def measure(given, peer=None, batches=(1, 64)):
     }
     if peer is None:
         flops = T.model_flops(model, n_symbols, n_patches)
+        peak = max(peak, T.choose_precision(device)[2])  # and once more: a shared machine may have been slow before
         figures[f"MFU, % of the measured peak ({precision})"] = 100 * flops / STEPS / seconds / peak
 
     # generation: half a row is given, the rest is written; less the time for its first id, in which the half is read
