@@ -16,7 +16,8 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
 
 The first five read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
 ../nanoGPT is a folder that holds a clone of it, transformers the package; both get the sizes of the rival before them, and
-train as nanoGPT does on such a device. Each model runs in a process of its own, one after the other. Figures of training are medians.
+train as nanoGPT does on such a device. Each model runs in a process of its own, one after the other. Figures of
+training are medians.
 Of runs, folders that differ after their last dot only are seeds of one model: the table shows their mean.
 """
 import bz2
@@ -46,9 +47,9 @@ from prepare import (BadInput, Parser, encode, gpt2_vocab, need, prepare, run, s
 STEPS, WARMUP = 12, 3
 
 
-def measure(given, peer=None, batches=(1, 64)):
-    """Figures of one model: a dict of row -> value. peer: another project's GPT-2 of the sizes in given. batches: how many
-    rows are written at once."""
+def measure(given, batches, peer=None):
+    """Figures of one model: a dict of row -> value. batches: how many rows are written at once. peer: another project's
+    GPT-2 of the sizes in given."""
     cfg = T.Config(**given)
     device = T.choose_device(cfg.device)
     folder = T.find_data(cfg)
@@ -469,7 +470,7 @@ def main():
         keys.remove("--worker")
         batches = (1,) if "--one_row" in keys else (1, 64)
         keys = [key for key in keys if key != "--one_row"]
-        print("RESULT " + json.dumps(measure(T.parse(models[:1] + keys), *models[1:], batches=batches)))
+        print("RESULT " + json.dumps(measure(T.parse(models[:1] + keys), batches, *models[1:])))
         return
     if "--help" in keys:
         print(__doc__)

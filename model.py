@@ -183,8 +183,8 @@ class ByteContext(nn.Module):
     def table(self, wte):
         """The byte table, what each of its symbols means as a follower, and the places: (512 * 4 + 16, d_byte). Followers
         go through their matrix here, 512 symbols, not every byte."""
-        M, d = len(self.matches) + 1, wte.embedding_dim
-        follower = torch.einsum("vd,emd->mve", wte.weight, self.match_up.weight.view(d, M, d)).flatten(0, 1)
+        d = wte.embedding_dim
+        follower = torch.einsum("vd,emd->mve", wte.weight, self.match_up.weight.view(d, -1, d)).flatten(0, 1)
         return torch.cat([wte.weight, follower.type_as(wte.weight), self.place.weight])
 
     def rows(self, codes):
