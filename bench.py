@@ -59,6 +59,7 @@ def measure(given, batches, peer=None):
     autocast, precision, peak = T.choose_precision(device)
     torch.manual_seed(0)
     if peer is None:
+        T.keep_memory()
         model = T.build_model(asdict(cfg), meta["vocab"]).to(device)
         optimizers = T.make_optimizers(model, cfg, precision)
         if cfg.compile and not T.why_no_compile(device):

@@ -36,7 +36,7 @@ class STLMConfig:
     n_embd: int = 192        # its width
     d_byte: int = 128        # width of the byte layers
     n_encoder: int = 1       # byte layers before pooling
-    n_decoder: int = 2       # byte layers after the transformer
+    n_decoder: int = 1       # byte layers after the transformer
     n_taps: int = 5          # bytes that the convolution of a byte layer sees
     n_ngram: int = 40_960    # rows of the hashed n-gram table
     d_ngram: int = 16        # their width
@@ -177,7 +177,7 @@ class ByteContext(nn.Module):
             cache.table = table
         # a patch has another row than the n-gram of the same symbols: + 1
         grams = self.rows(torch.cat([codes[..., [n - 1 for n in self.grams]], patch + 1], dim=-1))  # (B, N, 5, d_ngram)
-        z = F.embedding(which, table).sum(2) + self.ngram_up(grams.flatten(2))
+        z = F.embedding_bag(which.flatten(0, 1), table, mode="sum").view(*x.shape, -1) + self.ngram_up(grams.flatten(2))
         return z, torch.where(x < 256, patch[..., 0], 0)
 
     def table(self, wte):
@@ -276,6 +276,10 @@ class Cache:
         self.symbols.scatter_(1, at, x)
         return torch.where(after > 0, self.symbols.gather(1, after), SEPARATOR)[:, None]
 
+    def last(self, x):
+        """x (B, N, C) at the last real position of each row: (B, 1, C)."""
+        return x if x.size(1) == 1 else rows_at(x, self.new[:, None] - 1)
+
     def join(self, owner, x, n, before):
         past = self.past.get(owner)
         x = F.pad(x, (0, 0, n, 0), value=before) if past is None else torch.cat([past, x], dim=1)
@@ -334,8 +338,7 @@ class LanguageModel(nn.Module):
                 windows, fresh = [self.fit(row) for row in windows], []
                 lengths = torch.tensor([len(row) for row in windows], device=windows[0].device)
                 cache = Cache(lengths, self.config.block_size, self.rope.size(1))
-                logits, _ = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)
-                logits = rows_at(logits, lengths[:, None] - 1)[:, 0]  # (B, V) after the last real id of each row
+                logits = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)[0][:, 0]  # (B, V)
                 cache.new = torch.ones_like(lengths)
             else:
                 cache.n_symbols += 1
@@ -431,15 +434,18 @@ class STLM(LanguageModel):
     def forward(self, x, y=None, reduction="mean", cache=None):
         """Symbols x, y (B, N) to logits (B, N, 512) and the loss in nats a symbol; None without y.
 
-        reduction="none" gives the loss of every symbol, (B * N,); "sum" their sum. y = -100 is left out.
+        reduction="none" gives the loss of every symbol, (B * N,); "sum" their sum. y = -100 is left out. With a cache,
+        which takes x for prompts, only the logits after the last real symbol of each: (B, 1, 512).
         """
         B, N = x.shape
-        P = min(self.config.max_patches, N)  # in a short text there are fewer
         z, open_patch = self.encode(x, cache)  # (B, N, d_byte), (B, N)
 
         # pool: the mean of z over each patch. One place more for what follows when max_patches have closed
         ends = (x >= 256).long()
         closed = ends.cumsum(1)  # (B, N) patches closed at or before each byte
+        P = min(self.config.max_patches, N)  # in a short text there are fewer
+        if cache is not None:  # nothing compiled needs one shape for all: no more than there are
+            P = min(P, max(1, int(closed.max())))
         first = torch.arange(B, device=x.device)[:, None] * (P + 1)  # where a row begins when all patches lie in one row
         own = ((closed - ends).clamp(max=P) + first).flatten()  # (B * N,) the patch that a byte belongs to
         total = torch.zeros(B * (P + 1), z.size(2), device=x.device).index_add(0, own, z.float().flatten(0, 1))
@@ -455,11 +461,10 @@ class STLM(LanguageModel):
         logits = self.decode(z + received, open_patch, cache)  # (B, N, 512)
 
         if cache is not None:  # what step() goes on from: the open patch of every row, and the h it receives
-            last = (cache.new - 1)[:, None]
-            cache.filled = patch.gather(1, last)[:, 0]
+            cache.filled = cache.last(patch[..., None])[:, 0, 0]
             cache.h = rows_at(h, cache.filled[:, None])[:, 0]
-            place = torch.arange(N, device=x.device)
-            still_open = (closed - ends == closed.gather(1, last)) & (place <= last)  # (B, N)
+            real = torch.arange(N, device=x.device) < cache.new[:, None]
+            still_open = (closed - ends == cache.last(closed[..., None])[..., 0]) & real  # (B, N)
             cache.count = still_open.sum(1)
             cache.sum = (z * still_open[..., None]).sum(1)
         if y is None:
@@ -482,6 +487,8 @@ class STLM(LanguageModel):
     def decode(self, z, open_patch, cache=None):
         for block in self.decoder:
             z = block(z, cache)
+        if cache is not None:
+            z, open_patch = cache.last(z), cache.last(open_patch[..., None])[..., 0]
         return self.head(z, open_patch, self.wte, self.context)
 
     # generation: one byte at a time through the byte layers, one patch at a time through the transformer
@@ -536,7 +543,7 @@ class GPT(LanguageModel):
         rope = self.rope[:, : x.size(1)] if rope is None else rope
         for block in self.blocks:
             h = block(h, rope, cache)
-        logits = F.linear(norm(h), self.wte.weight)  # (B, T, vocab_size)
+        logits = F.linear(norm(h if cache is None else cache.last(h)), self.wte.weight)  # (B, T, vocab_size)
         if y is None:
             return logits, None
         return logits, self.loss(logits, y, reduction)

@@ -9,7 +9,7 @@ n_layer = 7
 n_head = 5
 n_embd = 320
 d_byte = 160
-n_ngram = 40_960
+n_ngram = 53_700  # instead of a second byte layer in the decoder: 0.3% better after 4.5 MB, and faster
 
 batch_size = 16
 eval_interval = 1000

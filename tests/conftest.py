@@ -43,7 +43,7 @@ def keep_signal_handlers():
 
 def random_model(seed=0, **sizes):
     """A small STLM whose every parameter is random: at initialisation some are zero and would hide faults."""
-    sizes = dict(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_ngram=160) | sizes
+    sizes = dict(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_decoder=2, n_ngram=160) | sizes
     model = STLM(STLMConfig(**sizes)).eval()
     torch.manual_seed(seed)
     for p in model.parameters():
