@@ -277,8 +277,8 @@ class Cache:
         return torch.where(after > 0, self.symbols.gather(1, after), SEPARATOR)[:, None]
 
     def last(self, x):
-        """x (B, N, C) at the last real position of each row: (B, 1, C)."""
-        return x if x.size(1) == 1 else rows_at(x, self.new[:, None] - 1)
+        """x (B, N, ...) at the last real position of each row: (B, 1, ...)."""
+        return x if x.size(1) == 1 else x[torch.arange(len(x), device=x.device), self.new - 1, None]
 
     def join(self, owner, x, n, before):
         past = self.past.get(owner)
@@ -461,10 +461,10 @@ class STLM(LanguageModel):
         logits = self.decode(z + received, open_patch, cache)  # (B, N, 512)
 
         if cache is not None:  # what step() goes on from: the open patch of every row, and the h it receives
-            cache.filled = cache.last(patch[..., None])[:, 0, 0]
+            cache.filled = cache.last(patch)[:, 0]
             cache.h = rows_at(h, cache.filled[:, None])[:, 0]
             real = torch.arange(N, device=x.device) < cache.new[:, None]
-            still_open = (closed - ends == cache.last(closed[..., None])[..., 0]) & real  # (B, N)
+            still_open = (closed - ends == cache.last(closed)) & real  # (B, N)
             cache.count = still_open.sum(1)
             cache.sum = (z * still_open[..., None]).sum(1)
         if y is None:
@@ -488,7 +488,7 @@ class STLM(LanguageModel):
         for block in self.decoder:
             z = block(z, cache)
         if cache is not None:
-            z, open_patch = cache.last(z), cache.last(open_patch[..., None])[..., 0]
+            z, open_patch = cache.last(z), cache.last(open_patch)
         return self.head(z, open_patch, self.wte, self.context)
 
     # generation: one byte at a time through the byte layers, one patch at a time through the transformer
