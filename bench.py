@@ -16,8 +16,8 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
 
 The first five read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
 ../nanoGPT is a folder that holds a clone of it, transformers the package; both get the sizes of the rival before them, and
-train as nanoGPT does on such a device. Each model runs in a process of its own, one after the other. Figures of
-training are medians.
+train as nanoGPT does on such a device. Each model runs in a process of its own; a few steps each, they take turns, so
+that a machine whose speed changes does so for all. Figures of training are medians.
 Of runs, folders that differ after their last dot only are seeds of one model: the table shows their mean.
 """
 import bz2
@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,13 @@ import train as T
 from prepare import (BadInput, Parser, encode, gpt2_vocab, need, prepare, run, separator_of, to_ids, to_text, tokenizer,
                      whole_file)
 
-STEPS, WARMUP = 12, 3
+STEPS, TURN, WARMUP = 15, 3, 3
+
+
+def end_turn():
+    """In a worker: lets the others work until the parent writes a line."""
+    print("TURN", flush=True)
+    input()
 
 
 def measure(given, batches, peer=None):
@@ -71,6 +78,8 @@ def measure(given, batches, peer=None):
 
     times, loading, counts = [], [], 0
     for i in range(WARMUP + STEPS):
+        if i >= WARMUP and i % TURN == 0:
+            end_turn()
         T.synchronize(device)
         start = time.perf_counter()
         x, y = data.training_rows(i * cfg.batch_size, cfg.batch_size, seed=0)
@@ -114,6 +123,7 @@ def measure(given, batches, peer=None):
 
     with torch.compiler.set_stance("force_eager"):
         for rows in batches:
+            end_turn()
             prompts = [data.check(data.ids[i : i + half]).to(device) for i in range(0, rows * half, half)]
             seconds_for(prompts, 2)  # a first call is slower
             first_id = statistics.median(seconds_for(prompts, 1) for _ in range(3))
@@ -126,13 +136,29 @@ def measure(given, batches, peer=None):
     return figures
 
 
-def in_a_process(*arguments):
-    """What measure() gives for such arguments of bench.py, in a process of its own: memory and compilation are its alone."""
-    done = subprocess.run([sys.executable, __file__, "--worker", *arguments], stdout=subprocess.PIPE, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise BadInput(f"{arguments[0]} did not run: see above")
-    return json.loads(lines[0][7:])
+def in_processes(jobs):
+    """What measure() gives for the arguments of each job, each in a process of its own (memory and compilation are its
+    alone), of which one works at a time."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    workers = [subprocess.Popen([sys.executable, __file__, "--worker", *job], **pipes) for job in jobs]
+    results = [None] * len(jobs)
+    try:
+        while None in results:
+            for i, worker in enumerate(workers):
+                if results[i] is None:
+                    with suppress(BrokenPipeError):  # it has ended already
+                        worker.stdin.write("\n")
+                        worker.stdin.flush()
+                    line = next((line for line in worker.stdout if line.startswith(("TURN", "RESULT "))), None)
+                    if line is None:
+                        raise BadInput(f"{jobs[i][0]} did not run: see above")
+                    if line.startswith("RESULT "):
+                        results[i] = json.loads(line[7:])
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return results
 
 
 def by_length(models, keys):
@@ -145,7 +171,7 @@ def by_length(models, keys):
         for n_bytes in 1024, 4096, 16384:
             rows = max(1, cfg.batch_size * cfg.block_size * symbol // n_bytes)
             sizes = f"--block_size={n_bytes // symbol}", f"--batch_size={rows}"
-            r = in_a_process(name, "--one_row", "--dataset=stdlib", *keys, *sizes)
+            [r] = in_processes([[name, "--one_row", "--dataset=stdlib", *keys, *sizes]])
             print(f"{Path(name).stem:12}{n_bytes:12,}{rows:6}{r['training, KB/s']:16.2f}{r['peak memory, MB']:12,.0f}"
                   f"{r['reading half a row, 1 row, ms']:18.1f}{1 / r['writing after it, 1 row, KB/s']:20.2f}", flush=True)
 
@@ -471,6 +497,7 @@ def main():
         keys.remove("--worker")
         batches = (1,) if "--one_row" in keys else (1, 64)
         keys = [key for key in keys if key != "--one_row"]
+        input()  # the first turn
         print("RESULT " + json.dumps(measure(T.parse(models[:1] + keys), batches, *models[1:])))
         return
     if "--help" in keys:
@@ -484,17 +511,16 @@ def main():
         models.append(models[0].replace("stlm_", "gpt_"))
     if keys and keys[0] == "--lengths":
         return by_length(models, keys[1:])
-    for key in keys:
-        T.parse([key])  # refuses a misspelt key before any work
-    text, results = [key for key in keys if key.startswith("--dataset=")], []
+    text, jobs = [key for key in keys if key.startswith("--dataset=")], []
     for i, name in enumerate(models):
         if name == "transformers" or (Path(name) / "model.py").is_file():
             worker = [config, name]  # other projects' GPT-2, of the sizes of the config before it
         else:
-            T.parse([name])  # refuses a missing file
             config, worker = name, [name]
-        results.append(in_a_process(*worker, "--dataset=stdlib", *(keys if i else text)))
-    ours, *rivals = results
+        options = ["--dataset=stdlib", *(keys if i else text)]
+        T.check_sizes(asdict(T.Config(**T.parse([config, *options]))))  # before any work
+        jobs.append([*worker, *options])
+    ours, *rivals = in_processes(jobs)
     print(f"{'':38}{Path(models[0]).stem:>12}" + "".join(f"{Path(name).stem:>14}{'ratio':>7}" for name in models[1:]))
     for row, a in ours.items():
         cells = (f"{r[row]:14,.2f}{a / r[row]:7.2f}" if row in r else f"{'-':>14}{'':7}" for r in rivals)
