@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -142,16 +141,22 @@ def in_processes(jobs):
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     workers = [subprocess.Popen([sys.executable, __file__, "--worker", *job], **pipes) for job in jobs]
     results = [None] * len(jobs)
+
+    def end_of_turn(i):
+        line = next((line for line in workers[i].stdout if line.startswith(("TURN", "RESULT "))), None)
+        if line is None:
+            raise BadInput(f"{jobs[i][0]} did not run: see above")
+        return line
+
     try:
+        for i in range(len(jobs)):  # all have started before the first one works
+            end_of_turn(i)
         while None in results:
             for i, worker in enumerate(workers):
                 if results[i] is None:
-                    with suppress(BrokenPipeError):  # it has ended already
-                        worker.stdin.write("\n")
-                        worker.stdin.flush()
-                    line = next((line for line in worker.stdout if line.startswith(("TURN", "RESULT "))), None)
-                    if line is None:
-                        raise BadInput(f"{jobs[i][0]} did not run: see above")
+                    worker.stdin.write("\n")
+                    worker.stdin.flush()
+                    line = end_of_turn(i)
                     if line.startswith("RESULT "):
                         results[i] = json.loads(line[7:])
     finally:
@@ -497,7 +502,7 @@ def main():
         keys.remove("--worker")
         batches = (1,) if "--one_row" in keys else (1, 64)
         keys = [key for key in keys if key != "--one_row"]
-        input()  # the first turn
+        end_turn()  # the first begins when all have started
         print("RESULT " + json.dumps(measure(T.parse(models[:1] + keys), batches, *models[1:])))
         return
     if "--help" in keys:
@@ -523,7 +528,7 @@ def main():
     ours, *rivals = in_processes(jobs)
     print(f"{'':38}{Path(models[0]).stem:>12}" + "".join(f"{Path(name).stem:>14}{'ratio':>7}" for name in models[1:]))
     for row, a in ours.items():
-        cells = (f"{r[row]:14,.2f}{a / r[row]:7.2f}" if row in r else f"{'-':>14}{'':7}" for r in rivals)
+        cells = (f" {r[row]:13,.2f} {a / r[row]:6.2f}" if row in r else f"{'-':>14}{'':7}" for r in rivals)
         print(f"{row:38}{a:12,.2f}" + "".join(cells))
 
 if __name__ == "__main__":
