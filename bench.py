@@ -74,6 +74,7 @@ def measure(given, batches, peer=None):
         generate = partial(model.generate, generator=torch.Generator(device).manual_seed(0))
     else:
         model, step, generate = other_gpt2(peer, cfg, len(data.n_bytes), device)
+        precision = "bf16" if device.startswith("cuda") else "fp32"  # as nanoGPT's train.py takes them
 
     times, loading, counts = [], [], 0
     for i in range(WARMUP + STEPS):
@@ -103,11 +104,12 @@ def measure(given, batches, peer=None):
         "loading, % of a step": 100 * statistics.median(loading),
         "first step, s (compilation)": first,
         "peak memory, MB": memory / 1e6,
+        "bits of a number in matmuls": 16 if precision == "bf16" else 32,
     }
     if peer is None:
         flops = T.model_flops(model, n_symbols, n_patches)
         peak = max(peak, T.choose_precision(device)[2])  # and once more: a shared machine may have been slow before
-        figures[f"MFU, % of the measured peak ({precision})"] = 100 * flops / STEPS / seconds / peak
+        figures["MFU, % of the measured peak"] = 100 * flops / STEPS / seconds / peak
 
     # generation: half a row is given, the rest is written; less the time for its first id, in which the half is read
     model.eval()

@@ -34,9 +34,10 @@ class STLMConfig:
     n_layer: int = 4         # layers of the transformer over patches
     n_head: int = 3          # heads of its attention
     n_embd: int = 192        # its width
+    attend_twice: bool = False  # its layers attend once more after their MLP, with the same weights
     d_byte: int = 128        # width of the byte layers
     n_encoder: int = 1       # byte layers before pooling
-    n_decoder: int = 1       # byte layers after the transformer
+    n_decoder: int = 1       # MLPs of a byte after the transformer
     n_taps: int = 5          # bytes that the convolution of a byte layer sees
     n_ngram: int = 40_960    # rows of the hashed n-gram table
     d_ngram: int = 16        # their width
@@ -72,12 +73,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None):
+    def forward(self, x, rope, cache=None, again=False):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, hd)
         (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
         if cache is not None:
-            y = cache.attend(self, q, k, v)
+            y = cache.attend((self, again), q, k, v)
         elif x.is_cpu and T <= 512:  # plain products: for rows this short the fused kernel takes up to twice as long
             future = torch.ones(T, T, dtype=torch.bool).triu(1)
             y = (q @ k.mT * q.size(-1) ** -0.5).float().masked_fill(future, -torch.inf).softmax(-1).type_as(v) @ v
@@ -94,10 +95,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config)
         self.mlp = MLP(config.n_embd, 4 * config.n_embd, config.dropout)
+        self.attend_twice = config.attend_twice
 
     def forward(self, x, rope, cache=None):
         x = x + self.attn(norm(x), rope, cache)
-        return x + self.mlp(norm(x))
+        x = x + self.mlp(norm(x))
+        if self.attend_twice:  # depth without parameters, the paper's weight sharing
+            x = x + self.attn(norm(x), rope, cache, again=True)
+        return x
 
 
 class ByteBlock(nn.Module):
@@ -122,14 +127,18 @@ class ByteBlock(nn.Module):
         return z + self.mlp(norm(z))
 
 
-class Head(nn.Module):
-    """From the byte layers to logits. A module as the blocks are, so that train.py compiles it."""
+class Decoder(nn.Module):
+    """From what a byte receives to logits: MLPs, then the tied tables. What came before, the n-grams tell: convolutions here
+    gain nothing."""
 
     def __init__(self, config):
         super().__init__()
+        self.mlps = nn.ModuleList(MLP(config.d_byte, 2 * config.d_byte, config.dropout) for _ in range(config.n_decoder))
         self.query = nn.Linear(config.d_byte, config.d_ngram, bias=False)  # what rows of the n-gram table are compared with
 
     def forward(self, z, open_patch, wte, context):
+        for mlp in self.mlps:
+            z = z + mlp(norm(z))
         z = norm(z)
         logits = F.linear(z, wte.weight)
         # the table of n-grams is tied too: a symbol's logit also counts the row of the patch that it would make, the
@@ -235,7 +244,7 @@ class Loss(nn.Module):
 def init_weights(model):
     """Residual branches start at zero: every layer begins as the identity. Other matrices keep the scale of x."""
     for name, p in model.named_parameters():
-        if name.endswith(("out.weight", "mlp.down.weight", "ngram.weight", "place.weight")):
+        if name.endswith(("out.weight", ".down.weight", "ngram.weight", "place.weight")):
             nn.init.zeros_(p)
         elif name.endswith("wte.weight"):
             nn.init.normal_(p, std=0.05)
@@ -425,8 +434,7 @@ class STLM(LanguageModel):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
         self.start = nn.Parameter(torch.zeros(c.d_byte))  # what a byte receives before the first patch has closed
-        self.decoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_decoder))
-        self.head = Head(c)
+        self.decoder = Decoder(c)
         self.loss = Loss()
         self.register_buffer("rope", rope_table(c.max_patches, c.n_embd // c.n_head), persistent=False)
         init_weights(self)
@@ -485,11 +493,9 @@ class STLM(LanguageModel):
         return self.down(norm(h))
 
     def decode(self, z, open_patch, cache=None):
-        for block in self.decoder:
-            z = block(z, cache)
         if cache is not None:
             z, open_patch = cache.last(z), cache.last(open_patch)
-        return self.head(z, open_patch, self.wte, self.context)
+        return self.decoder(z, open_patch, self.wte, self.context)
 
     # generation: one byte at a time through the byte layers, one patch at a time through the transformer
 
@@ -526,7 +532,8 @@ class STLM(LanguageModel):
 class GPT(LanguageModel):
     """The rival: a base transformer of the same Blocks over tokens, with its token table tied to the output.
 
-    block_size counts tokens here, and of the config only block_size, n_layer, n_head, n_embd and dropout matter.
+    block_size counts tokens here, and of the config only block_size, n_layer, n_head, n_embd, attend_twice and
+    dropout matter.
     """
 
     def __init__(self, config, vocab_size=50257):

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, Block, ByteBlock, Head, Loss, STLMConfig, check_fit
+from model import GPT, STLM, Block, ByteBlock, Decoder, Loss, STLMConfig, check_fit
 from prepare import (KNOWN, BadInput, bytes_of_ids, encode, first_line, folder_name, need, prepare, printable, run,
                      separator_of, to_text, whole_file)
 
@@ -374,10 +374,11 @@ def model_flops(model, n_symbols, n_patches):
     """Operations of training on so much text that are the model's own: 6 for each parameter of a matrix it passes, and
     attention. The core sees patches, the rest symbols; for the rival both are tokens."""
     count = lambda *parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
-    c, core = model.config, count("blocks", "up", "down")
-    rest = count("encoder", "decoder", "wte", "context.ngram_up", "head")
-    patches_a_row = n_patches * c.block_size / n_symbols
-    return 6 * (core * n_patches + rest * n_symbols + c.n_layer * c.n_embd * n_patches * patches_a_row)
+    c = model.config
+    products = c.n_layer * c.n_embd * n_patches * c.block_size / n_symbols  # of attention with all before it, for one place
+    core = count("blocks", "up", "down") + products + c.attend_twice * (4 * c.n_layer * c.n_embd**2 + products)
+    rest = count("encoder", "decoder", "wte", "context.ngram_up")
+    return 6 * (core * n_patches + rest * n_symbols)
 
 
 def choose_device(wanted):
@@ -411,7 +412,7 @@ def why_no_compile(device):
 def compile_blocks(model):
     """Block by block: all blocks of a kind share one compiled function, so it is ready in seconds, not minutes."""
     for module in model.modules():
-        if isinstance(module, (Block, ByteBlock, Head, Loss)):
+        if isinstance(module, (Block, ByteBlock, Decoder, Loss)):
             module.compile(dynamic=False)
 
 

@@ -24,9 +24,9 @@ def test_both_models_side_by_side(tmp_path):
     others = ["gpt_tiny.py", "transformers"] if importlib.util.find_spec("transformers") else []
     done = run_script("bench.py", "stlm_tiny.py", *others, "--patcher=fixed:1", cwd=tmp_path)  # the rival on flat bytes
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()[-12:]
+    lines = done.stdout.splitlines()[-13:]
     table = {line[:38].strip(): [float(v.replace(",", "")) for v in line[38:].split() if v != "-"] for line in lines}
-    assert len(table) == 12 and (not others or len(table["writing after it, 64 rows, KB/s"]) == 5)
+    assert len(table) == 13 and (not others or len(table["writing after it, 64 rows, KB/s"]) == 5)
     for ours, rival, ratio, *_ in table.values():
         assert ours >= 0 and rival >= 0
         if min(ours, rival) > 1:  # smaller figures are printed too coarsely to compare
@@ -36,11 +36,11 @@ def test_both_models_side_by_side(tmp_path):
 
 def test_operations_by_hand():
     """2 a weight and position forward, twice that backward; attention 12 * positions * context / 2 * width."""
-    model = random_model()  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 5 taps, one byte layer before and two after
-    core = 2 * (4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32
-    byte_layers = 3 * (4 * 16 * 16 + 4 * 16 * 16 + 5 * 16) + 512 * 16
+    model = random_model(attend_twice=True)  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 5 taps, 1 byte layer, 2 MLPs
+    core = 2 * (2 * 4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32
+    byte_layers = 4 * 16 * 16 + 4 * 16 * 16 + 5 * 16 + 2 * 4 * 16 * 16 + 512 * 16
     byte_layers += 5 * 16 * 16 + 16 * 16  # five n-grams, the query
-    attention = 2 * 6 * 10 * 10 * 32  # 10 patches in one row of 64 symbols
+    attention = 2 * 2 * 6 * 10 * 10 * 32  # 10 patches in one row of 64 symbols
     assert T.model_flops(model, 64, 10) == 6 * core * 10 + 6 * byte_layers * 64 + attention
 
 
