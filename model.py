@@ -35,10 +35,9 @@ class STLMConfig:
     n_head: int = 3          # heads of its attention
     n_embd: int = 192        # its width
     attend_twice: bool = False  # its layers attend once more after their MLP, with the same weights
-    d_byte: int = 128        # width of the byte layers
-    n_encoder: int = 1       # byte layers before pooling
-    n_decoder: int = 1       # MLPs of a byte after the transformer
-    n_taps: int = 5          # bytes that the convolution of a byte layer sees
+    d_byte: int = 128        # width of a byte
+    n_encoder: int = 1       # MLPs for each byte before pooling
+    n_decoder: int = 1       # and after the transformer
     n_ngram: int = 40_960    # rows of the hashed n-gram table
     d_ngram: int = 16        # their width
     dropout: float = 0.0     # in the residual branches
@@ -105,31 +104,23 @@ class Block(nn.Module):
         return x
 
 
-class ByteBlock(nn.Module):
-    """One byte layer: a gated causal depthwise convolution of a few bytes (LFM2, arXiv 2511.23404), then an MLP."""
+class Encoder(nn.Module):
+    """From the embedding of each byte to what is pooled: MLPs. What stands just before, its n-grams tell: a convolution here,
+    or in the decoder, costs more time than it is worth."""
 
     def __init__(self, config):
         super().__init__()
-        self.gates = nn.Linear(config.d_byte, 3 * config.d_byte, bias=False)
-        self.taps = nn.Parameter(torch.zeros(config.n_taps, config.d_byte))
-        self.out = nn.Linear(config.d_byte, config.d_byte, bias=False)
-        self.mlp = MLP(config.d_byte, 2 * config.d_byte, config.dropout)
+        self.mlps = nn.ModuleList(MLP(config.d_byte, 2 * config.d_byte, config.dropout) for _ in range(config.n_encoder))
 
-    def forward(self, z, cache=None):
-        N, K = z.size(1), len(self.taps)
-        a, b, c = self.gates(norm(z)).chunk(3, dim=-1)  # (B, N, d_byte) each
-        u = with_past(a * b, K - 1, self, cache)  # (B, K - 1 + N, d_byte)
-        if N == 1:
-            u = (self.taps * u).sum(1, keepdim=True)  # generation: two calls instead of a loop
-        else:
-            u = sum(self.taps[k] * u[:, k : k + N] for k in range(K))
-        z = z + self.out(c * u)
-        return z + self.mlp(norm(z))
+    def forward(self, z):
+        z = norm(z)  # (B, N, d_byte)
+        for mlp in self.mlps:
+            z = z + mlp(norm(z))
+        return z
 
 
 class Decoder(nn.Module):
-    """From what a byte receives to logits: MLPs, then the tied tables. What came before, the n-grams tell: convolutions here
-    gain nothing."""
+    """From what each byte has received to logits: MLPs, then the tied tables."""
 
     def __init__(self, config):
         super().__init__()
@@ -173,7 +164,7 @@ class ByteContext(nn.Module):
     def forward(self, x, wte, cache=None):
         """Symbols (B, N) to embeddings (B, N, d_byte), and the hash of the patch that is open after each, (B, N), 0 where
         none is."""
-        past = with_past(x[..., None], WINDOW - 1, self, cache, before=SEPARATOR)[..., 0]
+        past = F.pad(x, (WINDOW - 1, 0), value=SEPARATOR) if cache is None else cache.with_past(x)
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
         place = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
@@ -211,11 +202,6 @@ def last_follower(codes, x):
     return torch.zeros_like(symbol).scatter(1, order, symbol)
 
 
-def with_past(x, n, owner, cache=None, before=0):
-    """x (B, N, C) behind the n positions before it: what the cache kept for this owner; in front of a row, `before`."""
-    return F.pad(x, (0, 0, n, 0), value=before) if cache is None else cache.join(owner, x, n, before)
-
-
 def rows_at(x, i):
     """x (B, N, C) at positions i (B, M): (B, M, C)."""
     return x.gather(1, i[..., None].expand(-1, -1, x.size(2)))
@@ -248,8 +234,6 @@ def init_weights(model):
             nn.init.zeros_(p)
         elif name.endswith("wte.weight"):
             nn.init.normal_(p, std=0.05)
-        elif name.endswith("taps"):
-            nn.init.normal_(p, std=p.size(0) ** -0.5)
         elif p.ndim == 2:
             nn.init.normal_(p, std=p.size(1) ** -0.5)
 
@@ -259,7 +243,7 @@ def init_weights(model):
 
 
 class Cache:
-    """What generation remembers of a batch of rows: their symbols, past keys and values, inputs of the convolutions."""
+    """What generation remembers of a batch of rows: their symbols, past keys and values."""
 
     def __init__(self, lengths, block_size, capacity):
         self.new = lengths  # (B,) how many of the positions now coming in are real: the prompts' lengths, then ones
@@ -268,8 +252,8 @@ class Cache:
         self.capacity = capacity  # positions of the transformer that the keys and values have room for
         self.filled = torch.zeros_like(lengths)  # (B,) of them in use
         self.rows = None  # the rows that the transformer runs on; None = a whole prompt of every row
-        self.codes = self.table = None
-        self.past, self.keys_values = {}, {}
+        self.past = self.codes = self.table = None
+        self.keys_values = {}
 
     def last_follower(self, codes, x):
         """last_follower() of a prompt, and then, with codes (B, 1, M) and x (B, 1), of one symbol after the other."""
@@ -289,13 +273,14 @@ class Cache:
         """x (B, N, ...) at the last real position of each row: (B, 1, ...)."""
         return x if x.size(1) == 1 else x[torch.arange(len(x), device=x.device), self.new - 1, None]
 
-    def join(self, owner, x, n, before):
-        past = self.past.get(owner)
-        x = F.pad(x, (0, 0, n, 0), value=before) if past is None else torch.cat([past, x], dim=1)
-        if past is None:  # a prompt: the n positions up to its last real one
-            self.past[owner] = rows_at(x, self.new[:, None] + torch.arange(n, device=x.device))
+    def with_past(self, x):
+        """Symbols x (B, N) behind the WINDOW - 1 before them."""
+        if self.past is None:  # a prompt: those up to its last real one
+            x = F.pad(x, (WINDOW - 1, 0), value=SEPARATOR)
+            self.past = x.gather(1, self.new[:, None] + torch.arange(WINDOW - 1, device=x.device))
         else:
-            self.past[owner] = x[:, 1:]
+            x = torch.cat([self.past, x], dim=1)
+            self.past = x[:, 1:]
         return x
 
     def attend(self, owner, q, k, v):
@@ -429,7 +414,7 @@ class STLM(LanguageModel):
         self.config = c = config
         self.wte = nn.Embedding(N_SYMBOLS, c.d_byte)  # the tied byte table: input and output
         self.context = ByteContext(c)
-        self.encoder = nn.ModuleList(ByteBlock(c) for _ in range(c.n_encoder))
+        self.encoder = Encoder(c)
         self.up = nn.Linear(c.d_byte, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
@@ -481,10 +466,7 @@ class STLM(LanguageModel):
 
     def encode(self, x, cache=None):
         z, open_patch = self.context(x, self.wte, cache)
-        z = norm(z)
-        for block in self.encoder:
-            z = block(z, cache)
-        return z, open_patch
+        return self.encoder(z), open_patch
 
     def core(self, pooled, rope, cache=None):
         h = norm(self.up(pooled))  # (B, P, n_embd)

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, Block, ByteBlock, Decoder, Loss, STLMConfig, check_fit
+from model import GPT, STLM, Block, Decoder, Encoder, Loss, STLMConfig, check_fit
 from prepare import (KNOWN, BadInput, bytes_of_ids, encode, first_line, folder_name, need, prepare, printable, run,
                      separator_of, to_text, whole_file)
 
@@ -274,7 +274,7 @@ def tables_of(model):
 
 
 def make_optimizers(model, cfg, precision="bf16"):
-    """Muon for the matrices inside the network, AdamW for tables, taps and vectors: every parameter in exactly one."""
+    """Muon for the matrices inside the network, AdamW for tables and vectors: every parameter in exactly one."""
     tables = tables_of(model)
     matrices = [p for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
     held = {id(p) for p in tables + matrices}
@@ -412,7 +412,7 @@ def why_no_compile(device):
 def compile_blocks(model):
     """Block by block: all blocks of a kind share one compiled function, so it is ready in seconds, not minutes."""
     for module in model.modules():
-        if isinstance(module, (Block, ByteBlock, Decoder, Loss)):
+        if isinstance(module, (Block, Encoder, Decoder, Loss)):
             module.compile(dynamic=False)
 
 
@@ -532,7 +532,7 @@ def start(given):
 
 def check_sizes(config):
     """Refuses what no model can be built with or no run can do."""
-    for key in ("block_size", "n_layer", "n_head", "n_embd", "d_byte", "n_ngram", "d_ngram", "n_taps", "batch_size",
+    for key in ("block_size", "n_layer", "n_head", "n_embd", "d_byte", "n_ngram", "d_ngram", "batch_size",
                 "grad_accum", "eval_interval", "log_interval"):
         if config[key] < 1:
             raise BadInput(f"{key}={config[key]}: expected at least 1")

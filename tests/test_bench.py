@@ -36,12 +36,11 @@ def test_both_models_side_by_side(tmp_path):
 
 def test_operations_by_hand():
     """2 a weight and position forward, twice that backward; attention 12 * positions * context / 2 * width."""
-    model = random_model(attend_twice=True)  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 5 taps, 1 byte layer, 2 MLPs
+    model = random_model(attend_twice=True)  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 1 + 2 MLPs
     core = 2 * (2 * 4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32
-    byte_layers = 4 * 16 * 16 + 4 * 16 * 16 + 5 * 16 + 2 * 4 * 16 * 16 + 512 * 16
-    byte_layers += 5 * 16 * 16 + 16 * 16  # five n-grams, the query
+    each_byte = 3 * 4 * 16 * 16 + 512 * 16 + 5 * 16 * 16 + 16 * 16  # MLPs, the table, five n-grams, the query
     attention = 2 * 2 * 6 * 10 * 10 * 32  # 10 patches in one row of 64 symbols
-    assert T.model_flops(model, 64, 10) == 6 * core * 10 + 6 * byte_layers * 64 + attention
+    assert T.model_flops(model, 64, 10) == 6 * core * 10 + 6 * each_byte * 64 + attention
 
 
 def test_compressors(workdir):

@@ -209,7 +209,7 @@ def test_checkpoints_that_claim_too_much(workdir):
     """Sizes that the weights do not have are refused before memory is taken for them."""
     T.train(T.parse([*RUN, "--max_iters=2"]))
     good = torch.load("run/ckpt.pt", weights_only=True)
-    for key in ("n_embd", "d_byte", "n_layer", "n_decoder", "n_ngram", "d_ngram", "n_taps", "block_size", "max_patches"):
+    for key in ("n_embd", "d_byte", "n_layer", "n_encoder", "n_decoder", "n_ngram", "d_ngram", "block_size", "max_patches"):
         for value in (10**9, 2**62, -1, "9", None, 1e9):
             torch.save(good | {"config": good["config"] | {key: value}}, "run/bad.pt")
             with pytest.raises(P.BadInput, match="damaged or not a checkpoint"):

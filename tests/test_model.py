@@ -145,7 +145,7 @@ def greedy_uncached(model, prompt, n):
 @torch.no_grad()
 def test_cached_generation_equals_uncached():
     """A batch of prompts of unequal length, far past block_size and max_patches."""
-    for sizes in (dict(max_patches=8), dict(max_patches=64), dict(n_encoder=2, n_taps=3), dict(attend_twice=True)):
+    for sizes in (dict(max_patches=8), dict(max_patches=64), dict(n_encoder=2), dict(attend_twice=True)):
         model = random_model(**sizes)
         prompts = [symbols(n, seed=n) for n in (1, 5, 17, 40, 64, 200)]
         out = model.generate(prompts, 150, temperature=0)
