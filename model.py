@@ -479,7 +479,7 @@ class STLM(LanguageModel):
             z, open_patch = cache.last(z), cache.last(open_patch)
         return self.decoder(z, open_patch, self.wte, self.context)
 
-    # generation: one byte at a time through the byte layers, one patch at a time through the transformer
+    # generation: one byte at a time through encoder and decoder, one patch at a time through the transformer
 
     def step(self, x, cache):
         """The next symbol of every row, (B,), to the logits after it, (B, 512)."""
