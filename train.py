@@ -577,7 +577,7 @@ def train(given):
     autocast, precision, peak = choose_precision(device)
     why_not = "--compile=false" if not cfg.compile else why_no_compile(device)
     say(f"{device}, {torch.get_num_threads()} threads: {precision}, matmul peak {peak / 1e9:,.0f} GFLOP/s, "
-        f"compile {'off: ' + why_not if why_not else 'on'}")
+        f"compile {'off: ' + why_not if why_not else 'on (up to a minute before the first step)'}")
 
     # the model and its optimizers
     torch.manual_seed(cfg.seed)
