@@ -111,29 +111,38 @@ def measure(given, batches, peer=None):
         peak = max(peak, T.choose_precision(device)[2])  # and once more: a shared machine may have been slow before
         figures["MFU, % of the measured peak"] = 100 * flops / STEPS / seconds / peak
 
-    # generation: half a row is given, the rest is written; less the time for its first id, in which the half is read
+    # generation: half a row is given, the rest is written; the first logits part the two times
     model.eval()
-    half = cfg.block_size // 2
+    half, read_at = cfg.block_size // 2, []
+
+    def first_logits(*_):
+        if not read_at:
+            T.synchronize(device)
+            read_at.append(time.perf_counter())
+
+    model.register_forward_hook(first_logits)
 
     def seconds_for(prompts, n):
+        """Of reading the prompts, and of writing n ids after that."""
+        read_at.clear()
         T.synchronize(device)
         start = time.perf_counter()
         generate(prompts, n)
         T.synchronize(device)
-        return time.perf_counter() - start
+        return read_at[0] - start, time.perf_counter() - read_at[0]
 
     with torch.compiler.set_stance("force_eager"):
         for rows in batches:
             end_turn()
             prompts = [data.check(data.ids[i : i + half]).to(device) for i in range(0, rows * half, half)]
             seconds_for(prompts, 2)  # a first call is slower
-            first_id = statistics.median(seconds_for(prompts, 1) for _ in range(3))
+            reading = statistics.median(seconds_for(prompts, 1)[0] for _ in range(3))
             rest = min(half, 512) - 1
-            seconds = seconds_for(prompts, 1 + rest) - first_id
+            writing = seconds_for(prompts, 1 + rest)[1]
             # a token as long as in the text: what hardly trained models write is longer
             name = f"{rows} row{'s' * (rows > 1)}"
-            figures[f"reading half a row, {name}, ms"] = 1e3 * first_id
-            figures[f"writing after it, {name}, KB/s"] = rows * rest * n_bytes / n_symbols / seconds / 1e3
+            figures[f"reading half a row, {name}, ms"] = 1e3 * reading
+            figures[f"writing after it, {name}, KB/s"] = rows * rest * n_bytes / n_symbols / writing / 1e3
     return figures
 
 

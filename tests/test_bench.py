@@ -27,8 +27,8 @@ def test_both_models_side_by_side(tmp_path):
     lines = done.stdout.splitlines()[-13:]
     table = {line[:38].strip(): [float(v.replace(",", "")) for v in line[38:].split() if v != "-"] for line in lines}
     assert len(table) == 13 and (not others or len(table["writing after it, 64 rows, KB/s"]) == 5)
-    for row, (ours, rival, ratio, *_) in table.items():
-        assert min(ours, rival) >= 0 or row.startswith("writing")  # a difference of two times: on a busy machine, anything
+    for ours, rival, ratio, *_ in table.values():
+        assert ours >= 0 and rival >= 0
         if min(ours, rival) > 1:  # smaller figures are printed too coarsely to compare
             assert ratio == pytest.approx(ours / rival, rel=0.01, abs=0.01)
     assert table["bytes of text a step"][0] == pytest.approx(8 * 64, rel=0.01)
