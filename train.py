@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, Block, Decoder, Encoder, Loss, STLMConfig, check_fit
+from model import GPT, STLM, Block, ByteContext, Decoder, Encoder, Loss, STLMConfig, check_fit
 from prepare import (KNOWN, BadInput, bytes_of_ids, encode, first_line, folder_name, need, prepare, printable, run,
                      separator_of, to_text, whole_file)
 
@@ -63,7 +63,7 @@ class Config(STLMConfig):  # and the sizes of the model, from model.py
     eval_bytes: int = 200_000         # text to score at each; the last one scores all of it
     log_interval: int = 10            # steps between lines of the log
     log: str = ""                     # tensorboard or wandb: where log.jsonl's lines also go
-    sample_bytes: int = 400           # length of the sample at the end
+    sample_bytes: int = 400           # length of the sample at the end; 0 = none
     device: str = ""                  # cuda, mps or cpu; by itself the first of them that is there
     compile: bool = True              # torch.compile, where it works
 
@@ -240,33 +240,35 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = {}
+            same_shape = {}  # or the same on its side
             for p in group["params"]:
                 if p.grad is not None:
-                    same_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in same_shape.items():
+                    same_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for params in same_shape.values():
                 updates = []
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                     mean = self.state[p]["momentum_buffer"]
                     mean.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(mean, group["momentum"]))  # Nesterov's
-                updates = orthogonal(torch.stack(updates).to(self.dtype))  # (matrices, rows, columns)
+                    updates.append(wide(p.grad.lerp(mean, group["momentum"]).to(self.dtype)))  # Nesterov's
+                updates = orthogonal(torch.stack(updates))  # (matrices, short side, long side)
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                    wide(p).add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+
+
+def wide(x):
+    return x if x.size(0) <= x.size(1) else x.mT
 
 
 def orthogonal(x):
-    """About the nearest matrices to x (n, rows, columns) with orthonormal rows or columns, by Newton-Schulz iteration."""
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    """About the nearest matrices to x (n, rows, columns) with orthonormal rows, by Newton-Schulz iteration; rows <= columns."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+    return x
 
 
 def tables_of(model):
@@ -414,6 +416,8 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, (Block, Encoder, Decoder, Loss)):
             module.compile(dynamic=False)
+        if isinstance(module, ByteContext) and module.ngram.weight.is_cpu:  # compiled, its backward pass is slow there
+            module.rows = torch.compiler.disable(module.rows)
 
 
 def choose_precision(device):
@@ -706,12 +710,12 @@ def train(given):
 
     if rank == 0 and done:
         plot_log(out)
-        raw.eval()
-        with torch.compiler.set_stance("force_eager"):  # its shapes change from byte to byte
-            ids = raw.generate([torch.tensor([data.separator], device=device)], cfg.sample_bytes, temperature=0.8)
-        ids = ids[0].cpu().numpy()
-        text = to_text(ids, meta["vocab"])
-        say("-" * 80, printable(text.decode("utf-8", "replace")), "-" * 80, sep="\n")
+        if cfg.sample_bytes > 0:
+            raw.eval()
+            with torch.compiler.set_stance("force_eager"):  # its shapes change from byte to byte
+                ids = raw.generate([torch.tensor([data.separator], device=device)], cfg.sample_bytes, temperature=0.8)
+            text = to_text(ids[0].cpu().numpy(), meta["vocab"])
+            say("-" * 80, printable(text.decode("utf-8", "replace")), "-" * 80, sep="\n")
     if world > 1:
         dist.barrier()  # a rank that leaves while another still works can crash on its way out
         dist.destroy_process_group()

@@ -185,7 +185,7 @@ def test_schedule():
 
 def test_learning_works(workdir):
     """120 steps on repetitive text: far better than the 9 bits of no knowledge, and better than the bytes' frequencies."""
-    T.train(T.parse([*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=120", "--eval_interval=60",
+    T.train(T.parse([*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=120", "--eval_interval=60", "--sample_bytes=0",
                      "--learning_rate=0.02"]))
     entries = [json.loads(line) for line in open("run/log.jsonl")]
     counts = np.bincount(np.frombuffer(Path("val.txt").read_bytes(), np.uint8))
