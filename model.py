@@ -35,6 +35,7 @@ class STLMConfig:
     n_head: int = 3          # heads of its attention
     n_embd: int = 192        # its width
     attend_twice: bool = False  # its layers attend once more after their MLP, with the same weights
+    window: int = 0          # patches that attention sees: its own chunk of so many and the one before; 0 = the whole row
     d_byte: int = 128        # width of a byte
     n_encoder: int = 1       # MLPs for each byte before pooling
     n_decoder: int = 1       # and after the transformer
@@ -68,7 +69,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.window, self.dropout = config.n_head, config.window, config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -77,14 +78,38 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, hd)
         (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
         if cache is not None:
-            y = cache.attend((self, again), q, k, v)
-        elif x.is_cpu and T <= 512:  # plain products: for rows this short the fused kernel takes up to twice as long
-            future = torch.ones(T, T, dtype=torch.bool).triu(1)
-            y = (q @ k.mT * q.size(-1) ** -0.5).float().masked_fill(future, -torch.inf).softmax(-1).type_as(v) @ v
+            y = cache.attend((self, again), q, k, v, self.window)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = attend(q, k, v, self.window)
         y = self.out(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
+
+
+def attend(q, k, v, window):
+    """Causal attention, all of shape (B, n_head, T, hd).
+
+    With a window, rows of more than two are cut into chunks of one: a position sees its own chunk, up to itself, and the one
+    before, so the time grows with T, not with its square (local attention, as in arXiv 2004.05150).
+    """
+    T = q.size(2)
+    if 0 < 2 * window < T:
+        q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))
+        k, v = (torch.cat([F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3) for x in (k, v))  # (..., chunks, 2 * window, hd)
+        at = torch.arange(q.size(2) * window, device=q.device).view(-1, window, 1)
+        seen = first_seen(at[:, :1], window) + torch.arange(2 * window, device=q.device)  # (chunks, 1, 2 * window)
+    elif q.is_cpu and T <= 512:  # for rows this short the fused kernel takes up to twice as long
+        seen = torch.arange(T)
+        at = seen[:, None]
+    else:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    hidden = (seen > at) | (seen < 0)
+    y = (q @ k.mT * q.size(-1) ** -0.5).float().masked_fill(hidden, -torch.inf).softmax(-1).type_as(v) @ v
+    return y.flatten(2, -2)[:, :, :T]
+
+
+def first_seen(at, window):
+    """The first of the positions that those in `at` see: the beginning of the chunk before."""
+    return (at // window - 1) * window if window else torch.zeros_like(at)
 
 
 class Block(nn.Module):
@@ -285,18 +310,20 @@ class Cache:
             self.past = x[:, 1:]
         return x
 
-    def attend(self, owner, q, k, v):
+    def attend(self, owner, q, k, v, window):
         kv = torch.stack([k, v])  # (2, B, n_head, T, hd)
         if self.rows is None:
             self.keys_values[owner] = F.pad(kv, (0, 0, 0, self.capacity - k.size(2)))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return attend(q, k, v, window)
         past, at = self.keys_values[owner], self.filled[self.rows]
         past[:, self.rows, :, at] = kv[..., 0, :].transpose(0, 1)
-        n = int(at.max()) + 1
+        first = first_seen(at, window).clamp(min=0)
+        begin, end = int(first.min()), int(at.max()) + 1
         if len(at) == past.size(1) == 1:  # one row: nothing to leave out, nothing to copy
-            return F.scaled_dot_product_attention(q, *past[..., :n, :])
-        mask = torch.arange(n, device=k.device) <= at[:, None]
-        return F.scaled_dot_product_attention(q, *past[:, self.rows, :, :n], attn_mask=mask[:, None, None])
+            return F.scaled_dot_product_attention(q, *past[..., begin:end, :])
+        seen = torch.arange(begin, end, device=k.device)
+        mask = (seen >= first[:, None]) & (seen <= at[:, None])
+        return F.scaled_dot_product_attention(q, *past[:, self.rows, :, begin:end], attn_mask=mask[:, None, None])
 
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -516,8 +543,8 @@ class STLM(LanguageModel):
 class GPT(LanguageModel):
     """The rival: a base transformer of the same Blocks over tokens, with its token table tied to the output.
 
-    block_size counts tokens here, and of the config only block_size, n_layer, n_head, n_embd, attend_twice and
-    dropout matter.
+    block_size counts tokens here, and of the config only block_size, n_layer, n_head, n_embd, attend_twice, window
+    and dropout matter.
     """
 
     def __init__(self, config, vocab_size=50257):

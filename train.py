@@ -377,7 +377,8 @@ def model_flops(model, n_symbols, n_patches):
     attention. The core sees patches, the rest symbols; for the rival both are tokens."""
     count = lambda *parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts))
     c = model.config
-    products = c.n_layer * c.n_embd * n_patches * c.block_size / n_symbols  # of attention with all before it, for one place
+    row = n_patches * c.block_size / n_symbols  # places in a row, of which one sees half, or one and a half windows
+    products = c.n_layer * c.n_embd * (3 * c.window if 0 < 2 * c.window < row else row)
     core = count("blocks", "up", "down") + products + c.attend_twice * (4 * c.n_layer * c.n_embd**2 + products)
     rest = count("encoder", "decoder", "wte", "context.ngram_up")
     return 6 * (core * n_patches + rest * n_symbols)
@@ -543,7 +544,7 @@ def check_sizes(config):
     for key in "block_size", "max_patches":
         if not 0 <= config[key] < 2**20:
             raise BadInput(f"{key}={config[key]}: expected less than {2**20:,}")
-    for key in "n_encoder", "n_decoder":
+    for key in "window", "n_encoder", "n_decoder":
         if config[key] < 0:
             raise BadInput(f"{key}={config[key]}: expected at least 0")
     if config["n_embd"] % (2 * config["n_head"]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, prose, random_model, symbols
 
-from model import GPT, LIKELIEST, STLM, STLMConfig, last_follower, pick
+from model import GPT, LIKELIEST, STLM, STLMConfig, attend, last_follower, pick
 from prepare import encode
 
 
@@ -40,9 +40,10 @@ def test_causal_past_max_patches(max_patches):
         assert changed_before(model, a, torch.cat([a[:j], a[j:] ^ 257]), j) < 1e-5
 
 
-def test_likelihood_is_the_chain_rule():
+@pytest.mark.parametrize("window", [0, 3])
+def test_likelihood_is_the_chain_rule(window):
     """The loss of each symbol equals -log p(symbol | the prefix alone), and its sum the loss of the text."""
-    model, text = random_model(), symbols(60)
+    model, text = random_model(window=window), symbols(60)
     x, y = text[:-1], text[1:]
     with torch.no_grad():
         losses = model(x[None], y[None], reduction="none")[1]
@@ -143,10 +144,20 @@ def greedy_uncached(model, prompt, n):
     return torch.stack(out)
 
 
+def test_a_window_shows_its_chunk_and_the_one_before():
+    q, k, v = torch.randn(3, 2, 3, 50, 8, generator=torch.Generator().manual_seed(0))
+    i, j = torch.arange(50)[:, None], torch.arange(50)
+    for window in 1, 7, 24, 25, 26, 0:
+        seen = (j <= i) & (j // window >= i // window - 1) if window else j <= i
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        assert torch.allclose(attend(q, k, v, window), expected, atol=1e-5)
+
+
 @torch.no_grad()
 def test_cached_generation_equals_uncached():
     """A batch of prompts of unequal length, far past block_size and max_patches."""
-    for sizes in (dict(max_patches=8), dict(max_patches=64), dict(n_encoder=2), dict(attend_twice=True)):
+    for sizes in (dict(max_patches=8), dict(max_patches=64), dict(n_encoder=2), dict(attend_twice=True),
+                  dict(max_patches=64, window=3)):
         model = random_model(**sizes)
         prompts = [symbols(n, seed=n) for n in (1, 5, 17, 40, 64, 200)]
         out = model.generate(prompts, 150, temperature=0)
@@ -157,7 +168,7 @@ def test_cached_generation_equals_uncached():
 @torch.no_grad()
 def test_cached_generation_of_the_rival():
     torch.manual_seed(0)
-    model = GPT(STLMConfig(block_size=24, n_layer=2, n_head=2, n_embd=32, attend_twice=True), 300)
+    model = GPT(STLMConfig(block_size=24, n_layer=2, n_head=2, n_embd=32, attend_twice=True, window=5), 300)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     prompts = [symbols(n, rate=0, seed=n) for n in (1, 5, 24, 60)]
