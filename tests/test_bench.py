@@ -36,11 +36,21 @@ def test_both_models_side_by_side(tmp_path):
 
 def test_operations_by_hand():
     """2 a weight and position forward, twice that backward; attention 12 * positions * context / 2 * width."""
-    model = random_model(attend_twice=True)  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 1 + 2 MLPs
-    core = 2 * (2 * 4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32
+    core = 2 * (2 * 4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 1 + 2 MLPs
     each_byte = 3 * 4 * 16 * 16 + 512 * 16 + 5 * 16 * 16 + 16 * 16  # MLPs, the table, five n-grams, the query
-    attention = 2 * 2 * 6 * 10 * 10 * 32  # 10 patches in one row of 64 symbols
-    assert T.model_flops(model, 64, 10) == 6 * core * 10 + 6 * each_byte * 64 + attention
+    for window, seen in (0, 10), (2, 6):  # twice the patches that one sees on average, of the 10 in one row of 64 symbols
+        model = random_model(attend_twice=True, window=window)
+        attention = 2 * 2 * 6 * 10 * seen * 32
+        assert T.model_flops(model, 64, 10) == 6 * core * 10 + 6 * each_byte * 64 + attention
+
+
+def test_longer_rows(workdir):
+    """As many bytes a step whatever the length of a row: fewer rows."""
+    (workdir / "stlm_tiny.py").write_text(CONFIG.format("stlm", 1024, 32))
+    done = run_script("bench.py", "--lengths", "stlm_tiny.py", "stlm_tiny.py", "--dataset=tiny", cwd=workdir)
+    lines = [line.replace(",", "").split() for line in done.stdout.splitlines()[1:]]
+    assert [line[:3] for line in lines] == 2 * [["stlm_tiny", "1024", "8"], ["stlm_tiny", "4096", "2"], ["stlm_tiny", "16384", "1"]]
+    assert all(float(value) > 0 for line in lines for value in line[3:])
 
 
 def test_compressors(workdir):
