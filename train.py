@@ -475,7 +475,7 @@ def load_checkpoint(path, device="cpu"):
         types = {f.name: f.type for f in fields(Config)}
         if any(type(v) is not types.get(k, type(v)) for k, v in config.items()):
             raise ValueError("a value in its config has the wrong type")
-        check_sizes(config)
+        check_sizes(asdict(Config()) | config)  # keys younger than the file have their defaults
         check_fit(sizes_of(config), lambda: build_model(config, meta["vocab"]), weights)
         check_cut(meta)
     except Exception as error:
