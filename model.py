@@ -108,8 +108,8 @@ def attend(q, k, v, window):
 
 
 def first_seen(at, window):
-    """The first of the positions that those in `at` see: the beginning of the chunk before."""
-    return (at // window - 1) * window if window else torch.zeros_like(at)
+    """The first position that the one at `at` sees, the beginning of the chunk before; negative in the first chunk."""
+    return (at // window - 1) * window
 
 
 class Block(nn.Module):
@@ -317,12 +317,15 @@ class Cache:
             return attend(q, k, v, window)
         past, at = self.keys_values[owner], self.filled[self.rows]
         past[:, self.rows, :, at] = kv[..., 0, :].transpose(0, 1)
-        first = first_seen(at, window).clamp(min=0)
-        begin, end = int(first.min()), int(at.max()) + 1
+        begin, end = 0, int(at.max()) + 1
+        if window:
+            begin = max(0, first_seen(int(at.min()), window))
         if len(at) == past.size(1) == 1:  # one row: nothing to leave out, nothing to copy
             return F.scaled_dot_product_attention(q, *past[..., begin:end, :])
         seen = torch.arange(begin, end, device=k.device)
-        mask = (seen >= first[:, None]) & (seen <= at[:, None])
+        mask = seen <= at[:, None]
+        if window:
+            mask &= seen >= first_seen(at[:, None], window)
         return F.scaled_dot_product_attention(q, *past[:, self.rows, :, begin:end], attn_mask=mask[:, None, None])
 
 

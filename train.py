@@ -229,8 +229,8 @@ def find_data(cfg):
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal: every direction of a matrix moves equally far (kellerjordan.github.io/posts/muon).
 
-    The steps of torch.optim.Muon, but matrices of one shape are taken together, and in dtype: torch's is always bf16, which
-    many processors only emulate, at a hundredth of the speed of fp32.
+    The steps of torch.optim.Muon, but matrices of one shape and of its transpose are taken together, and in dtype: torch's
+    is always bf16, which many processors only emulate, at a hundredth of the speed of fp32.
     """
 
     def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
@@ -240,7 +240,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = {}  # or the same on its side
+            same_shape = {}
             for p in group["params"]:
                 if p.grad is not None:
                     same_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
@@ -259,6 +259,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def wide(x):
+    """x (rows, columns) or its transpose, with no more rows than columns."""
     return x if x.size(0) <= x.size(1) else x.mT
 
 
@@ -475,7 +476,7 @@ def load_checkpoint(path, device="cpu"):
         types = {f.name: f.type for f in fields(Config)}
         if any(type(v) is not types.get(k, type(v)) for k, v in config.items()):
             raise ValueError("a value in its config has the wrong type")
-        check_sizes(asdict(Config()) | config)  # keys younger than the file have their defaults
+        check_sizes({"window": 0} | config)  # a key younger than many a checkpoint
         check_fit(sizes_of(config), lambda: build_model(config, meta["vocab"]), weights)
         check_cut(meta)
     except Exception as error:
