@@ -720,6 +720,7 @@ def train(given):
             say("-" * 80, printable(text.decode("utf-8", "replace")), "-" * 80, sep="\n")
     if world > 1:
         dist.barrier()  # a rank that leaves while another still works can crash on its way out
+        del model  # before the group: if it let go last, it and the group's own thread could wait for each other for ever
         dist.destroy_process_group()
 
 
