@@ -63,15 +63,15 @@ def measure(given, batches, peer=None):
     cfg.max_patches = T.patches_a_row(cfg, meta)
     data = T.Data(folder, "train", meta, cfg.block_size)
     autocast, precision, peak = T.choose_precision(device)
+    compiled = peer is None and cfg.compile and not T.why_no_compile(device)
     torch.manual_seed(0)
     if peer is None:
         T.keep_memory()
         model = T.build_model(asdict(cfg), meta["vocab"]).to(device)
         optimizers = T.make_optimizers(model, cfg, precision)
-        if cfg.compile and not T.why_no_compile(device):
+        if compiled:
             T.compile_blocks(model)
         step = lambda x, y: T.take_step(model, optimizers, [(x, y)], autocast, 1.0)  # learns how often patches end
-        generate = partial(model.generate, generator=torch.Generator(device).manual_seed(0))
     else:
         model, step, generate = other_gpt2(peer, cfg, len(data.n_bytes), device)
         precision = "bf16" if device.startswith("cuda") else "fp32"  # as nanoGPT's train.py takes them
@@ -112,7 +112,12 @@ def measure(given, batches, peer=None):
         figures["MFU, % of the measured peak"] = 100 * flops / STEPS / seconds / peak
 
     # generation: half a row is given, the rest is written; the first logits part the two times
-    model.eval()
+    writer = model
+    if peer is None:  # the same weights, nothing compiled
+        writer = T.build_model(asdict(cfg), meta["vocab"]).to(device)
+        writer.load_state_dict(model.state_dict())
+        generate = partial(writer.generate, generator=torch.Generator(device).manual_seed(0))
+    writer.eval()
     half, read_at = cfg.block_size // 2, []
 
     def first_logits(*_):
@@ -120,7 +125,7 @@ def measure(given, batches, peer=None):
             T.synchronize(device)
             read_at.append(time.perf_counter())
 
-    model.register_forward_hook(first_logits)
+    writer.register_forward_hook(first_logits)
 
     def seconds_for(prompts, n):
         """Of reading the prompts, and of writing n ids after that."""
@@ -131,18 +136,23 @@ def measure(given, batches, peer=None):
         T.synchronize(device)
         return read_at[0] - start, time.perf_counter() - read_at[0]
 
-    with torch.compiler.set_stance("force_eager"):
+    def generation(how):
         for rows in batches:
             end_turn()
             prompts = [data.check(data.ids[i : i + half]).to(device) for i in range(0, rows * half, half)]
-            seconds_for(prompts, 2)  # a first call is slower
-            reading = statistics.median(seconds_for(prompts, 1)[0] for _ in range(3))
-            rest = min(half, 512) - 1
-            writing = seconds_for(prompts, 1 + rest)[1]
+            name, n = f"{rows} row{'s' * (rows > 1)}{how}", min(half, 512)
+            seconds_for(prompts, n if how else 2)  # a first call is slower
+            if not how:
+                figures[f"reading half a row, {name}, ms"] = 1e3 * statistics.median(seconds_for(prompts, 1)[0] for _ in range(3))
+            writing = seconds_for(prompts, n)[1]
             # a token as long as in the text: what hardly trained models write is longer
-            name = f"{rows} row{'s' * (rows > 1)}"
-            figures[f"reading half a row, {name}, ms"] = 1e3 * reading
-            figures[f"writing after it, {name}, KB/s"] = rows * rest * n_bytes / n_symbols / writing / 1e3
+            figures[f"writing after it, {name}, KB/s"] = rows * (n - 1) * n_bytes / n_symbols / writing / 1e3
+
+    with torch.compiler.set_stance("force_eager"):  # nanoGPT's is compiled on a GPU
+        generation("")
+    if compiled:
+        writer.compile_steps()
+        generation(", compiled")
     return figures
 
 

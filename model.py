@@ -279,6 +279,7 @@ class Cache:
         self.capacity = capacity  # positions of the transformer that the keys and values have room for
         self.filled = torch.zeros_like(lengths)  # (B,) of them in use
         self.rows = None  # the rows that the transformer runs on; None = a whole prompt of every row
+        self.mask = None  # what each of them sees, (rows, positions); None = all
         self.past = self.codes = self.table = None
         self.keys_values = {}
 
@@ -307,26 +308,32 @@ class Cache:
             self.past = x.gather(1, self.new[:, None] + torch.arange(WINDOW - 1, device=x.device))
         else:
             x = torch.cat([self.past, x], dim=1)
-            self.past = x[:, 1:]
+            self.past = x[:, 1:].contiguous()
         return x
+
+    def turn_to(self, rows, window):
+        """Before the transformer runs on the next position of these rows: what they see, the same for all of its layers, so
+        that none of them has to wait for a GPU."""
+        self.rows, at = rows, self.filled[rows]
+        begin, end = max(0, first_seen(int(at.min()), window)) if window else 0, int(at.max()) + 1
+        self.at = at - begin
+        self.visible = {owner: past[..., begin:end, :] for owner, past in self.keys_values.items()}
+        if len(self.filled) > 1:  # else nothing is left out
+            seen = torch.arange(begin, end, device=rows.device)
+            self.mask = seen <= at[:, None]
+            if window:
+                self.mask &= seen >= first_seen(at[:, None], window)
 
     def attend(self, owner, q, k, v, window):
         kv = torch.stack([k, v])  # (2, B, n_head, T, hd)
         if self.rows is None:
             self.keys_values[owner] = F.pad(kv, (0, 0, 0, self.capacity - k.size(2)))
             return attend(q, k, v, window)
-        past, at = self.keys_values[owner], self.filled[self.rows]
-        past[:, self.rows, :, at] = kv[..., 0, :].transpose(0, 1)
-        begin, end = 0, int(at.max()) + 1
-        if window:
-            begin = max(0, first_seen(int(at.min()), window))
-        if len(at) == past.size(1) == 1:  # one row: nothing to leave out, nothing to copy
-            return F.scaled_dot_product_attention(q, *past[..., begin:end, :])
-        seen = torch.arange(begin, end, device=k.device)
-        mask = seen <= at[:, None]
-        if window:
-            mask &= seen >= first_seen(at[:, None], window)
-        return F.scaled_dot_product_attention(q, *past[:, self.rows, :, begin:end], attn_mask=mask[:, None, None])
+        past = self.visible[owner]
+        past[:, self.rows, :, self.at] = kv[..., 0, :].transpose(0, 1)
+        if self.mask is None:  # one row: nothing to copy either
+            return F.scaled_dot_product_attention(q, *past)
+        return F.scaled_dot_product_attention(q, *past[:, self.rows], attn_mask=self.mask[:, None, None])
 
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -348,6 +355,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 class LanguageModel(nn.Module):
     """Generation for a model that has step(), is_full() and fit(); and weights that travel."""
 
+    parts = ()  # of a step, the functions that are worth compiling
     text = None  # how its training text was cut, a dict: set by sample.load() and from_pretrained()
 
     @torch.inference_mode()
@@ -364,7 +372,8 @@ class LanguageModel(nn.Module):
                 windows, fresh = [self.fit(row) for row in windows], []
                 lengths = torch.tensor([len(row) for row in windows], device=windows[0].device)
                 cache = Cache(lengths, self.config.block_size, self.rope.size(1))
-                logits = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)[0][:, 0]  # (B, V)
+                with torch.compiler.set_stance("force_eager"):  # a prompt is read once: not worth compiling
+                    logits = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)[0][:, 0]  # (B, V)
                 cache.new = torch.ones_like(lengths)
             else:
                 cache.n_symbols += 1
@@ -376,6 +385,11 @@ class LanguageModel(nn.Module):
     def generate(self, prompts, max_new_bytes, temperature=1.0, top_k=None, top_p=None, generator=None):
         """The new ids of every row, (B, max_new_bytes): symbols, so one a byte (for GPT, tokens)."""
         return torch.stack(list(self.stream(prompts, max_new_bytes, temperature, top_k, top_p, generator)), dim=1)
+
+    def compile_steps(self):
+        """Compiles what stream() and generate() do for each new id: half a minute at the first ids, less time for the rest."""
+        for name in self.parts:
+            setattr(self, name, torch.compile(getattr(self, name)))
 
     def save_pretrained(self, folder):
         """Writes folder/model.safetensors and folder/config.json, in the model's own dtype.
@@ -440,6 +454,8 @@ def check_fit(config, build, weights):
 
 class STLM(LanguageModel):
     """The byte-pooled transformer. Causal: the logits at byte i depend on symbols 0..i only."""
+
+    parts = "encode", "close", "decode"
 
     def __init__(self, config):
         super().__init__()
@@ -520,13 +536,17 @@ class STLM(LanguageModel):
         cache.count += 1
         rows = (x >= 256).nonzero()[:, 0]
         if len(rows):  # these close a patch: only now the transformer runs, one position, on these rows alone
-            cache.rows = rows
-            mean = (cache.sum[rows] / cache.count[rows, None]).to(z.dtype)
-            rope = self.rope[:, cache.filled[rows], None, None]  # (2, rows, 1, 1, hd / 2)
-            cache.h[rows] = self.core(mean[:, None], rope, cache)[:, 0]
-            cache.sum[rows], cache.count[rows] = 0.0, 0
-            cache.filled[rows] += 1
+            cache.turn_to(rows, self.config.window)
+            self.close(cache)
         return self.decode(z + cache.h[:, None], open_patch, cache)[:, 0]
+
+    def close(self, cache):
+        rows = cache.rows
+        mean = (cache.sum[rows] / cache.count[rows, None]).to(cache.h.dtype)
+        rope = self.rope[:, cache.filled[rows], None, None]  # (2, rows, 1, 1, hd / 2)
+        cache.h[rows] = self.core(mean[:, None], rope, cache)[:, 0]
+        cache.sum[rows], cache.count[rows] = 0.0, 0
+        cache.filled[rows] += 1
 
     def is_full(self, cache, x):
         c = self.config
@@ -550,6 +570,8 @@ class GPT(LanguageModel):
     and dropout matter.
     """
 
+    parts = ("forward",)
+
     def __init__(self, config, vocab_size=50257):
         super().__init__()
         self.config = c = config
@@ -570,7 +592,8 @@ class GPT(LanguageModel):
         return logits, self.loss(logits, y, reduction)
 
     def step(self, x, cache):
-        cache.filled, cache.rows = cache.n_symbols - 1, torch.arange(len(x), device=x.device)
+        cache.filled = cache.n_symbols - 1
+        cache.turn_to(torch.arange(len(x), device=x.device), self.config.window)
         return self(x[:, None], cache=cache, rope=self.rope[:, cache.filled, None, None])[0][:, 0]
 
     def is_full(self, cache, x):

@@ -20,7 +20,7 @@ import torch
 
 from model import GPT, LanguageModel
 from prepare import BadInput, Parser, bytes_of_ids, printable, run, separator_of, to_ids, to_text, whole_file
-from train import build_model, choose_device, load_checkpoint
+from train import build_model, choose_device, load_checkpoint, why_no_compile
 
 
 def load(out_dir, device=""):
@@ -188,6 +188,7 @@ def main():
     parser.add_argument("--seed", type=int, help="the same seed writes the same text")
     parser.add_argument("--score", help="text, or FILE:path, to score instead of writing")
     parser.add_argument("--html", help="paint the scored text into this file (.svg: as a picture) instead of the terminal")
+    parser.add_argument("--compile", action="store_true", help="for long texts: slow to begin, faster from then on")
     parser.add_argument("--device", default="", help="cuda, mps or cpu")
     args = parser.parse_args()
     if args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
@@ -206,6 +207,12 @@ def main():
         where = f", painted in {args.html}" if args.html else ""
         print(f"{bits.mean():.4f} bits per byte over {len(bits):,} bytes{where}")
         return
+
+    if args.compile:
+        why_not = why_no_compile(model.wte.weight.device.type)
+        if why_not:
+            raise BadInput(f"--compile does not work here ({why_not}): leave it out")
+        model.compile_steps()
 
     def write_aloud(prompt, seed):
         print(printable(prompt.decode("utf-8", "replace")), end="", flush=True)

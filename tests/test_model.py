@@ -8,6 +8,7 @@ from conftest import ROOT, prose, random_model, symbols
 
 from model import GPT, LIKELIEST, STLM, STLMConfig, attend, last_follower, pick
 from prepare import encode
+from train import why_no_compile
 
 
 def changed_before(model, a, b, j):
@@ -175,6 +176,19 @@ def test_cached_generation_of_the_rival():
     out = model.generate(prompts, 60, temperature=0)
     for prompt, row in zip(prompts, out):
         assert torch.equal(row, greedy_uncached(model, prompt, 60))
+
+
+@pytest.mark.slow
+def test_compiled_steps_write_the_same():
+    """Of one row and of several, which close their patches at different times; with prompts read anew in between."""
+    if why_no_compile("cpu"):
+        pytest.skip("torch.compile does not work here")
+    rival = GPT(STLMConfig(block_size=24, n_layer=1, n_head=2, n_embd=32, window=5), 300)
+    for model, rows in (random_model(n_layer=1, attend_twice=True, window=3), 1), (random_model(n_layer=1), 3), (rival, 2):
+        prompts = [symbols(n, rate=0, seed=n) for n in (9, 5, 20)[:rows]]
+        expected = model.generate(prompts, 70, temperature=0)
+        model.compile_steps()
+        assert torch.equal(model.generate(prompts, 70, temperature=0), expected)
 
 
 def test_sampling_options():

@@ -1,6 +1,7 @@
 """sample.py's promises: exact scores, text that is always whole, the same seed the same text."""
 import json
 import math
+import os
 import re
 from xml.etree import ElementTree
 
@@ -95,6 +96,8 @@ def test_command_line(trained):
     assert done.returncode == 0 and "the cat" in done.stdout
     done = run_script("sample.py", *common, "--score=the\x1b cat", cwd=trained)
     assert "\\x1b" in done.stdout and "bits per byte" in done.stdout
+    done = run_script("sample.py", *common, "--prompt=a", "--compile", cwd=trained, env=os.environ | {"CXX": "no-such-compiler"})
+    assert_one_clear_line(done, "--compile does not work here", "no-such-compiler")
     for arguments, expected in [
         (["--prompt="], "the prompt has zero bytes"),
         (["--score="], "zero bytes"),
