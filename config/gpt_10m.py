@@ -6,10 +6,10 @@ dataset = "tinystories"
 tokenizer = "gpt2"
 max_iters = 20_000
 
-block_size = 256  # tokens, of about 4 bytes
+block_size = 512  # tokens, of about 4 bytes
 n_layer = 6
 n_head = 5
 n_embd = 160
 
-batch_size = 16
+batch_size = 8
 eval_interval = 1000

@@ -3,13 +3,15 @@ out_dir = "out/stlm_10m"
 dataset = "tinystories"  # --dataset=stdlib needs no download
 max_iters = 20_000  # about 330 MB of text
 
-block_size = 1024
+block_size = 2048
 max_patches = 0
 n_layer = 7
 n_head = 5
 n_embd = 320
+window = 64  # as in quick.py
 d_byte = 160
 n_ngram = 53_700  # instead of a second byte layer in the decoder: 0.3% better after 4.5 MB, and faster
 
-batch_size = 16
+batch_size = 8
+learning_rate = 0.006  # best of 0.01, 0.006 and 0.004 after 6 MB of novels
 eval_interval = 1000
