@@ -14,4 +14,5 @@ n_ngram = 53_700  # instead of a second byte layer in the decoder: 0.3% better a
 
 batch_size = 8
 learning_rate = 0.006  # best of 0.01, 0.006 and 0.004 after 6 MB of novels
+adam_learning_rate = 0.006
 eval_interval = 1000
