@@ -541,6 +541,7 @@ class STLM(LanguageModel):
         return self.decode(z + cache.h[:, None], open_patch, cache)[:, 0]
 
     def close(self, cache):
+        """The transformer's position for the patches that cache.rows have just closed."""
         rows = cache.rows
         mean = (cache.sum[rows] / cache.count[rows, None]).to(cache.h.dtype)
         rope = self.rope[:, cache.filled[rows], None, None]  # (2, rows, 1, 1, hd / 2)

@@ -4,6 +4,7 @@ Writes text with a trained model, or shows how much each byte of a text surprise
     python sample.py --out_dir=out/quick --prompt="def " --max_new_bytes=300
     python sample.py --out_dir=out/quick --prompt=FILE:start.txt --temperature=0.8 --top_p=0.95 --num_samples=3
     python sample.py --out_dir=out/quick                                    # asks for prompts until an empty line
+    python sample.py --out_dir=out/quick --prompt="def " --max_new_bytes=50000 --compile
     python sample.py --out_dir=out/quick --score="for i in range(10):"      # bits per byte, painted in the terminal
     python sample.py --out_dir=out/quick --score=FILE:model.py --html=surprise.html
 
