@@ -226,11 +226,16 @@ def find_data(cfg):
 # optimization
 
 
+# (a, b, c) of each iteration: a x + b x^3 + c x^5 brings singular values nearest to one, step by step, from 0.01 to 1 on
+# (the way of Polar Express, arXiv 2505.16932). Three do as well as Muon's own five, in less time
+ITERATIONS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal: every direction of a matrix moves equally far (kellerjordan.github.io/posts/muon).
 
-    The steps of torch.optim.Muon, but matrices of one shape and of its transpose are taken together, and in dtype: torch's
-    is always bf16, which many processors only emulate, at a hundredth of the speed of fp32.
+    The steps of torch.optim.Muon but for the iterations; matrices of one shape and of its transpose are taken together, and
+    in dtype: torch's is always bf16, which many processors only emulate, at a hundredth of the speed of fp32.
     """
 
     def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95, dtype=torch.bfloat16):
@@ -266,9 +271,9 @@ def wide(x):
 def orthogonal(x):
     """About the nearest matrices to x (n, rows, columns) with orthonormal rows, by Newton-Schulz iteration; rows <= columns."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
+    for a, b, c in ITERATIONS:
         square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 

@@ -157,9 +157,12 @@ def test_every_parameter_in_exactly_one_optimizer():
         assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
 
 
-def test_muon_takes_the_steps_of_torch():
-    """Three steps on matrices of several shapes: what torch.optim.Muon does, to the rounding of bf16."""
+def test_muon_takes_the_steps_of_torch(monkeypatch):
+    """Three steps on matrices of several shapes: with its iterations what torch.optim.Muon does, to the rounding of bf16."""
     torch.manual_seed(0)
+    x = T.orthogonal(torch.randn(2, 5, 9))  # with our own
+    assert ((torch.linalg.svdvals(x) - 1).abs() < 0.3).all()
+    monkeypatch.setattr(T, "ITERATIONS", [(3.4445, -4.775, 2.0315)] * 5)
     shapes = [(12, 8), (8, 12), (8, 12), (6, 6)]
     ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i)))
                      for i, s in enumerate(shapes)] for _ in range(2))
@@ -174,8 +177,6 @@ def test_muon_takes_the_steps_of_torch():
             optimizer.step()
     for a, b, c in zip(ours, exact, theirs):
         assert torch.allclose(a, c, atol=4e-3) and torch.allclose(b, c, atol=2e-2)
-    x = T.orthogonal(torch.randn(2, 5, 9))
-    assert ((torch.linalg.svdvals(x) - 1).abs() < 0.4).all()
 
 
 def test_schedule():
