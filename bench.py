@@ -141,6 +141,7 @@ def measure(given, batches, peer=None):
             end_turn()
             prompts = [data.check(data.ids[i : i + half]).to(device) for i in range(0, rows * half, half)]
             name, n = f"{rows} row{'s' * (rows > 1)}{how}", min(half, 512)
+            torch.compiler.reset()  # what has met other numbers of rows is compiled for any number: slower
             seconds_for(prompts, n if how else 2)  # a first call is slower
             if not how:
                 figures[f"reading half a row, {name}, ms"] = 1e3 * statistics.median(seconds_for(prompts, 1)[0] for _ in range(3))
