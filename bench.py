@@ -145,7 +145,8 @@ def measure(given, batches, peer=None):
             torch.compiler.reset()  # what has met other numbers of rows is compiled for any number: slower
             seconds_for(prompts, n if how else 2)  # a first call is slower
             if not how:
-                figures[f"reading half a row, {name}, ms"] = 1e3 * statistics.median(seconds_for(prompts, 1)[0] for _ in range(3))
+                reading = statistics.median(seconds_for(prompts, 1)[0] for _ in range(3))
+                figures[f"reading half a row, {name}, ms"] = 1e3 * reading
             writing = seconds_for(prompts, n)[1]
             # a token as long as in the text: what hardly trained models write is longer
             figures[f"writing after it, {name}, KB/s"] = rows * (n - 1) * n_bytes / n_symbols / writing / 1e3
