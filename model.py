@@ -349,7 +349,8 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         sorted_p, order = p.sort(descending=True)
         outside = sorted_p.cumsum(-1) - sorted_p >= top_p  # never the likeliest
         p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
-    return torch.multinomial(p, 1, generator=generator)[:, 0]
+    # the draw of torch.multinomial, without its checks: a GPU would have to wait for each of them
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 class LanguageModel(nn.Module):

@@ -413,6 +413,9 @@ def why_no_compile(device):
     if device.startswith("mps"):
         return "not on mps"
     try:
+        from torch._inductor import config
+
+        config.cpp.vec_isa_ok = True  # the processor tells what vector units it has; trying them by compiling takes 5 s
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # no compiler, no Triton, no headers: each fails in its own way
         return first_line(error)
