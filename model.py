@@ -288,11 +288,11 @@ class Cache:
         if self.codes is None:
             room = self.block_size - x.size(1)
             self.codes, self.symbols = F.pad(codes, (0, 0, 0, room)), F.pad(x, (0, room))
-            self.places = torch.arange(1, self.block_size + 1, device=x.device)[:, None]
+            self.places = torch.arange(1, self.block_size + 1, dtype=torch.int32, device=x.device)[:, None]
             return last_follower(codes, x)
         at = self.n_symbols[:, None] - 1
         same = (self.codes == codes) & (self.places <= at[..., None])  # (B, block_size, M)
-        after = (same * self.places).amax(1)  # (B, M) one past the last such place; 0 = none
+        after = (same * self.places).amax(1).long()  # (B, M) one past the last such place; 0 = none
         self.codes.scatter_(1, at[..., None].expand_as(codes), codes)
         self.symbols.scatter_(1, at, x)
         return torch.where(after > 0, self.symbols.gather(1, after), SEPARATOR)[:, None]
