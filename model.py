@@ -288,6 +288,7 @@ class Cache:
         if self.codes is None:
             room = self.block_size - x.size(1)
             self.codes, self.symbols = F.pad(codes, (0, 0, 0, room)), F.pad(x, (0, room))
+            # int32 is half as much to go through for every new symbol
             self.places = torch.arange(1, self.block_size + 1, dtype=torch.int32, device=x.device)[:, None]
             return last_follower(codes, x)
         at = self.n_symbols[:, None] - 1
