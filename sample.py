@@ -19,7 +19,7 @@ import os
 import numpy as np
 import torch
 
-from model import GPT, LanguageModel
+from model import GPT, LanguageModel, pick
 from prepare import BadInput, Parser, bytes_of_ids, printable, run, separator_of, to_ids, to_text, whole_file
 from train import build_model, choose_device, load_checkpoint, why_no_compile
 
@@ -55,8 +55,8 @@ def settle(model, ids, generator):
         return ids
     before, byte = model.fit(ids[:-1]), int(ids[-1]) % 256
     pair = torch.tensor([byte, byte + 256], device=ids.device)
-    p = model(before[None])[0][0, -1, pair].softmax(0)
-    return torch.cat([ids[:-1], pair[torch.multinomial(p, 1, generator=generator)]])
+    logits = model(before[None])[0][:, -1, pair]  # (1, 2)
+    return torch.cat([ids[:-1], pair[pick(logits, generator=generator)]])
 
 
 def stream(model, prompt, max_new_bytes=300, temperature=0.8, top_k=None, top_p=None, seed=None):
