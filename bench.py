@@ -555,5 +555,6 @@ def main():
         cells = (f" {r[row]:13,.2f} {a / r[row]:6.2f}" if row in r else f"{'-':>14}{'':7}" for r in rivals)
         print(f"{row:38}{a:12,.2f}" + "".join(cells))
 
+
 if __name__ == "__main__":
     run(main)

@@ -194,6 +194,8 @@ def main():
     args = parser.parse_args()
     if args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
         raise BadInput("expected --temperature of at least 0, --top_k of at least 1, --top_p above 0 and up to 1")
+    if args.compile and args.score is not None or args.html and args.score is None:
+        raise BadInput("expected --compile without --score (it is for writing), --html only with it")
     model = load(args.out_dir, args.device)
 
     if args.score is not None:

@@ -104,6 +104,8 @@ def test_command_line(trained):
         (["--prompt=FILE:missing"], "missing"),
         (["--prompt=a", "--out_dir=nowhere"], "no checkpoint nowhere"),
         (["--prompt=a", "--top_p=2"], "expected"),
+        (["--prompt=a", "--html=a.html"], "--html only with it"),
+        (["--score=a", "--compile"], "--compile without --score"),
         (["--prompt=a", "--max_new_byte=2"], "unrecognized arguments"),
     ]:
         assert_one_clear_line(run_script("sample.py", *common, *arguments, cwd=trained), expected)
