@@ -108,7 +108,7 @@ def measure(given, batches, peer=None):
     }
     if peer is None:
         flops = T.model_flops(model, n_symbols, n_patches)
-        peak = max(peak, T.choose_precision(device)[2])  # and once more: a shared machine may have been slow before
+        peak = max(peak, T.matmul_peak(device, precision))  # and once more: a shared machine may have been slow before
         figures["MFU, % of the measured peak"] = 100 * flops / STEPS / seconds / peak
 
     # generation: half a row is given, the rest is written; the first logits part the two times

@@ -226,6 +226,7 @@ def find_data(cfg):
 # optimization
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the name of a precision
 # (a, b, c) of each iteration: a x + b x^3 + c x^5 brings singular values nearest to one, step by step, from 0.01 to 1 on
 # (the way of Polar Express, arXiv 2505.16932). Three do as well as Muon's own five, in less time
 ITERATIONS = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
@@ -288,8 +289,7 @@ def make_optimizers(model, cfg, precision="bf16"):
     held = {id(p) for p in tables + matrices}
     rest = [p for p in model.parameters() if id(p) not in held]
     assert len(tables) + len(matrices) + len(rest) == len(list(model.parameters()))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    muon = Muon(matrices, cfg.learning_rate, cfg.weight_decay, dtype=dtype)
+    muon = Muon(matrices, cfg.learning_rate, cfg.weight_decay, dtype=DTYPES[precision])
     groups = [{"params": tables, "betas": (0.9, 0.999)}, {"params": rest}]  # a row is met rarely: a longer memory
     adamw = torch.optim.AdamW(groups, lr=cfg.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for group in muon.param_groups + adamw.param_groups:
@@ -365,9 +365,10 @@ def synchronize(device):
         getattr(torch, device.split(":")[0]).synchronize()
 
 
-def matmul_peak(device, dtype, n):
-    """FLOP/s of a product of n x n matrices, measured."""
-    a = torch.randn(n, n, device=device, dtype=dtype)
+def matmul_peak(device, precision, smaller=1):
+    """FLOP/s of a product of large square matrices, or of so many times smaller ones, measured."""
+    n = (1024 if device == "cpu" else 8192 if device.startswith("cuda") else 2048) // smaller
+    a = torch.randn(n, n, device=device, dtype=DTYPES[precision])
     times = []
     while len(times) < 8 and sum(times) < 0.2:
         synchronize(device)
@@ -434,11 +435,10 @@ def choose_precision(device):
     """Measures which of fp32 and bf16 this device multiplies faster: its autocast, its name, and its peak in FLOP/s, what
     MFU is a share of."""
     torch.set_float32_matmul_precision("high")
-    n = 1024 if device == "cpu" else 8192 if device.startswith("cuda") else 2048
-    fp32, bf16 = (matmul_peak(device, dtype, n // 2) for dtype in (torch.float32, torch.bfloat16))  # may be emulated: slow
+    fp32, bf16 = (matmul_peak(device, precision, smaller=2) for precision in DTYPES)  # bf16 may be emulated: slow
     if all_ranks([bf16 < 1.2 * fp32], device, "max")[0]:
-        return nullcontext(), "fp32", matmul_peak(device, torch.float32, n)
-    return torch.autocast(device.split(":")[0], torch.bfloat16), "bf16", matmul_peak(device, torch.bfloat16, n)
+        return nullcontext(), "fp32", matmul_peak(device, "fp32")
+    return torch.autocast(device.split(":")[0], torch.bfloat16), "bf16", matmul_peak(device, "bf16")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -695,7 +695,7 @@ def train(given):
                 best = val_bpb
                 save_as("best.pt")
             if not done:  # and once more: a shared machine may have been slow before
-                peak = max(peak, choose_precision(device)[2])
+                peak = max(peak, matmul_peak(device, precision))
             mark = time.perf_counter()
         if done:
             break
