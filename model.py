@@ -5,7 +5,8 @@ STLM, a super tiny language model over bytes, and GPT, the base transformer it i
 
 The idea ("Super Tiny Language Models", arXiv 2405.14159): a small byte encoder and a pooler turn each patch of a few
 bytes into one vector, a causal transformer runs over patches only, and a small byte decoder writes the next patch byte
-by byte. Input and output share one byte table, so nearly every parameter sits in the transformer.
+by byte. Input and output share one byte table of 512 rows: what a table of tokens would take is free for the transformer,
+and for narrow rows of hashed n-grams.
 
 Text arrives as symbols: byte + 256 * (this byte ends its patch). prepare.py decides where patches end; nothing here
 knows the rule. 0xFF + 256 = 511 separates documents.
