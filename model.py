@@ -391,8 +391,11 @@ class LanguageModel(nn.Module):
 
     def compile_steps(self):
         """Compiles what stream() and generate() do for each new id: half a minute at the first ids, less time for the rest."""
+        options = None
+        if self.rope.is_cpu:  # kernels called from C++; what a matrix makes of one row as plain sums, not by a library
+            options = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
         for name in self.parts:
-            setattr(self, name, torch.compile(getattr(self, name)))
+            setattr(self, name, torch.compile(getattr(self, name), options=options))
 
     def save_pretrained(self, folder):
         """Writes folder/model.safetensors and folder/config.json, in the model's own dtype.
