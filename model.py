@@ -11,6 +11,7 @@ and for narrow rows of hashed n-grams.
 Text arrives as symbols: byte + 256 * (this byte ends its patch). prepare.py decides where patches end; nothing here
 knows the rule. 0xFF + 256 = 511 separates documents.
 """
+import copy
 import json
 import os
 import runpy
@@ -375,8 +376,7 @@ class LanguageModel(nn.Module):
                 windows, fresh = [self.fit(row) for row in windows], []
                 lengths = torch.tensor([len(row) for row in windows], device=windows[0].device)
                 cache = Cache(lengths, self.config.block_size, self.rope.size(1))
-                with torch.compiler.set_stance("force_eager"):  # a prompt is read once: not worth compiling
-                    logits = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)[0][:, 0]  # (B, V)
+                logits = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)[0][:, 0]  # (B, V)
                 cache.new = torch.ones_like(lengths)
             else:
                 cache.n_symbols += 1
@@ -394,8 +394,10 @@ class LanguageModel(nn.Module):
         options = None
         if self.rope.is_cpu:  # kernels called from C++; what a matrix makes of one row as plain sums, not by a library
             options = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
+        compiled = copy.copy(self)  # with the same weights: a prompt is read once, not worth compiling
         for name in self.parts:
-            setattr(self, name, torch.compile(getattr(self, name), options=options))
+            setattr(compiled, name, torch.compile(getattr(self, name), options=options))
+        self.step = compiled.step
 
     def save_pretrained(self, folder):
         """Writes folder/model.safetensors and folder/config.json, in the model's own dtype.

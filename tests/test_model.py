@@ -186,8 +186,9 @@ def test_compiled_steps_write_the_same():
     rival = GPT(STLMConfig(block_size=24, n_layer=1, n_head=2, n_embd=32, window=5), 300)
     for model, rows in (random_model(n_layer=1, attend_twice=True, window=3), 1), (random_model(n_layer=1), 3), (rival, 2):
         prompts = [symbols(n, rate=0, seed=n) for n in (9, 5, 20)[:rows]]
-        expected = model.generate(prompts, 70, temperature=0)
+        expected, logits = model.generate(prompts, 70, temperature=0), model(prompts[0][None])[0]
         model.compile_steps()
+        assert torch.equal(model(prompts[0][None])[0], logits)  # as it was: not compiled
         assert torch.equal(model.generate(prompts, 70, temperature=0), expected)
 
 
