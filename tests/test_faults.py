@@ -144,6 +144,10 @@ def test_missing_packages(workdir):
     assert done.returncode == 0 and done.stdout.count("no loss.png: pip install matplotlib") == 1, done.stderr
     done = run_without(["tiktoken"], "prepare.py", "val.txt", "--patcher=gpt2")
     assert_one_clear_line(done, "pip install tiktoken")
+    meta = Path("data/tiny/meta.json")
+    meta.write_text(meta.read_text().replace('"words"', '"gpt2"'))  # what is cut already needs no vocabulary
+    done = run_without(["tiktoken"], "train.py", *RUN, "--max_iters=3", "--out_dir=out/cut")
+    assert done.returncode == 0, done.stderr
     done = run_without(["tokenizers"], "prepare.py", "val.txt", "--tokenizer=bpe:300")
     assert_one_clear_line(done, "pip install tokenizers")
     done = run_without(["huggingface_hub"], "prepare.py", "tinystories")
