@@ -390,7 +390,8 @@ class LanguageModel(nn.Module):
         return torch.stack(list(self.stream(prompts, max_new_bytes, temperature, top_k, top_p, generator)), dim=1)
 
     def compile_steps(self):
-        """Compiles what stream() and generate() do for each new id: half a minute at the first ids, less time for the rest."""
+        """Compiles what stream() and generate() do for each new id: a minute at the first ids the first time, a few seconds
+        from then on, and less than half of the time for each id of a single row."""
         options = None
         if self.rope.is_cpu:  # kernels called from C++; what a matrix makes of one row as plain sums, not by a library
             options = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
