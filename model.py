@@ -391,7 +391,7 @@ class LanguageModel(nn.Module):
 
     def compile_steps(self):
         """Compiles what stream() and generate() do for each new id: a minute at the first ids the first time, a few seconds
-        from then on, and less than half of the time for each id of a single row."""
+        from then on, and about half of the time for each id of a single row."""
         options = None
         if self.rope.is_cpu:  # kernels called from C++; what a matrix makes of one row as plain sums, not by a library
             options = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
