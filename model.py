@@ -310,8 +310,8 @@ class Cache:
             x = F.pad(x, (WINDOW - 1, 0), value=SEPARATOR)
             self.past = x.gather(1, self.new[:, None] + torch.arange(WINDOW - 1, device=x.device))
         else:
-            x = torch.cat([self.past, x], dim=1)
-            self.past = x[:, 1:].contiguous()
+            before, self.past = self.past, torch.cat([self.past[:, 1:], x], dim=1)  # always of one stride: compiled once
+            x = torch.cat([before, x], dim=1)
         return x
 
     def turn_to(self, rows, window):
