@@ -592,7 +592,7 @@ def train(given):
     autocast, precision, peak = choose_precision(device)
     why_not = "--compile=false" if not cfg.compile else why_no_compile(device)
     say(f"{device}, {torch.get_num_threads()} threads: {precision}, matmul peak {peak / 1e9:,.0f} GFLOP/s, "
-        f"compile {'off: ' + why_not if why_not else 'on (up to a minute before the first step)'}")
+        f"compile {'off: ' + why_not if why_not else 'on (takes up to a minute)'}")
 
     # the model and its optimizers
     torch.manual_seed(cfg.seed)
@@ -607,7 +607,8 @@ def train(given):
             optimizer.load_state_dict(state)
         it = first = checkpoint["iter"]
         clock, best, seen = checkpoint["clock"], checkpoint["best"], checkpoint["seen"]
-    if not why_not:
+    plain_first = device == "cpu" and not why_not and it == 0  # a step not compiled: what is wrong shows at once, in plain words
+    if not why_not and not plain_first:
         compile_blocks(raw)
     model = torch.nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
     say(f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters; {folder}: "
@@ -713,9 +714,12 @@ def train(given):
             check_finite(raw, loss.item(), it, out)
         nats += loss * y.numel() * cfg.grad_accum
         it += 1
-        if it == first + 1:  # compilation: told, not counted
+        if it <= first + 1 + plain_first:  # a first step and compilation: told, not counted
             synchronize(device)
-            say(f"first step after {time.perf_counter() - mark:.1f} s", flush=True)
+            what = "first step" if it == first + 1 else "compiled"
+            say(f"{what} after {time.perf_counter() - mark:.1f} s", flush=True)
+            if plain_first and it == 1:
+                compile_blocks(raw)
             nats.zero_()
             counts[:] = 0
             mark = time.perf_counter()
