@@ -607,9 +607,8 @@ def train(given):
             optimizer.load_state_dict(state)
         it = first = checkpoint["iter"]
         clock, best, seen = checkpoint["clock"], checkpoint["best"], checkpoint["seen"]
-    plain_first = device == "cpu" and not why_not and it == 0  # a step not compiled: what is wrong shows at once, in plain words
-    if not why_not and not plain_first:
-        compile_blocks(raw)
+    # on a CPU the first step of a new run is not compiled: what is wrong shows at once, in plain words
+    compile_at = None if why_not else 1 if device == "cpu" and it == 0 else it
     model = torch.nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
     say(f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters; {folder}: "
         f"{meta['train']['bytes'] / 1e6:.1f} MB to train on, {meta['val']['bytes'] / 1e6:.1f} MB to validate on")
@@ -709,17 +708,17 @@ def train(given):
             x, y = data.training_rows(row, cfg.batch_size, cfg.seed)
             counts += data.count(y)
             batches.append((x.to(device), y.to(device)))
+        if it == compile_at:
+            compile_blocks(raw)
         loss = take_step(model, optimizers, batches, autocast, lr_scale(progress, cfg))
         if device == "cpu" and not loss.isfinite():
             check_finite(raw, loss.item(), it, out)
         nats += loss * y.numel() * cfg.grad_accum
         it += 1
-        if it <= first + 1 + plain_first:  # a first step and compilation: told, not counted
+        if it - 1 in (first, compile_at):  # a first step and compilation: told, not counted
             synchronize(device)
             what = "first step" if it == first + 1 else "compiled"
             say(f"{what} after {time.perf_counter() - mark:.1f} s", flush=True)
-            if plain_first and it == 1:
-                compile_blocks(raw)
             nats.zero_()
             counts[:] = 0
             mark = time.perf_counter()

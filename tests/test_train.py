@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, assert_one_clear_line, prose, random_model, read_bin, run_script
+from conftest import ROOT, TINY, assert_one_clear_line, prose, random_model, read_bin, run_script, symbols
 
 import prepare as P
 import train as T
@@ -337,9 +337,22 @@ def test_bad_files_get_one_clear_line(workdir):
     refused([*base, "--out_dir=file/run"], "file/run")
 
 
+def test_compiled_equals_eager(workdir):
+    """torch.compile changes speed, not results (to rounding); where there is no compiler one line says so."""
+    if T.why_no_compile("cpu"):
+        pytest.skip(f"torch.compile does not work here: {T.why_no_compile('cpu')}")
+    torch.manual_seed(0)
+    model, x = random_model(), symbols(65)[None]
+    with torch.no_grad():
+        eager = model(x[:, :-1], x[:, 1:])[1].item()
+        T.compile_blocks(model)
+        assert model(x[:, :-1], x[:, 1:])[1].item() == pytest.approx(eager, rel=1e-4)
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
 def test_compiled_run(workdir, capfd, monkeypatch):
-    """torch.compile changes speed, not results (to rounding), and a compiled run goes on bit for bit. Only its very first step
-    is not compiled."""
+    """A compiled run ends where an eager one does (to rounding), and goes on bit for bit. Only its very first step is not
+    compiled."""
     if T.why_no_compile("cpu"):
         pytest.skip(f"torch.compile does not work here: {T.why_no_compile('cpu')}")
     monkeypatch.setattr(T, "choose_precision", lambda device: (T.nullcontext(), "fp32", 1e11))  # in bf16 roundings are large
