@@ -289,15 +289,16 @@ class Cache:
         """last_follower() of a prompt, and then, with codes (B, 1, M) and x (B, 1), of one symbol after the other."""
         if self.codes is None:
             room = self.block_size - x.size(1)
-            self.codes, self.symbols = F.pad(codes, (0, 0, 0, room)), F.pad(x, (0, room))
+            self.codes, self.symbols = F.pad(codes.mT, (0, room)), F.pad(x, (0, room))  # (B, M, block_size), (B, block_size)
             # int32 is half as much to go through for every new symbol
-            self.places = torch.arange(1, self.block_size + 1, dtype=torch.int32, device=x.device)[:, None]
+            self.places = torch.arange(1, self.block_size + 1, dtype=torch.int32, device=x.device)
             return last_follower(codes, x)
-        at = self.n_symbols[:, None] - 1
-        same = (self.codes == codes) & (self.places <= at[..., None])  # (B, block_size, M)
-        after = (same * self.places).amax(1).long()  # (B, M) one past the last such place; 0 = none
-        self.codes.scatter_(1, at[..., None].expand_as(codes), codes)
-        self.symbols.scatter_(1, at, x)
+        row, at = torch.arange(len(x), device=x.device), self.n_symbols - 1  # (B,)
+        codes = codes[:, 0]  # (B, M)
+        same = (self.codes == codes[..., None]) & (self.places <= at.int()[:, None, None])  # (B, M, block_size)
+        after = (same * self.places).amax(-1).long()  # (B, M) one past the last such place; 0 = none
+        self.codes[row, :, at] = codes
+        self.symbols[row, at] = x[:, 0]
         return torch.where(after > 0, self.symbols.gather(1, after), SEPARATOR)[:, None]
 
     def last(self, x):
@@ -352,8 +353,10 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         sorted_p, order = p.sort(descending=True)
         outside = sorted_p.cumsum(-1) - sorted_p >= top_p  # never the likeliest
         p = p.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
-    # the draw of torch.multinomial, without its checks: a GPU would have to wait for each of them
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    # torch.multinomial makes a GPU wait, and a random number for each of V ids takes longer than all of the above
+    cdf = p.cumsum(-1)
+    u = 1 - torch.rand(len(p), 1, generator=generator, device=p.device)  # above 0: an id of probability 0 is never found
+    return torch.searchsorted(cdf, u * cdf[:, -1:])[:, 0]
 
 
 class LanguageModel(nn.Module):
