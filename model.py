@@ -315,13 +315,16 @@ class Cache:
             x = torch.cat([before, x], dim=1)
         return x
 
-    def turn_to(self, rows, window):
+    def turn_to(self, rows, window, compiled):
         """Before the transformer runs on the next position of these rows: what they see, the same for all of its layers, so
         that none of them has to wait for a GPU."""
         self.rows, at = rows, self.filled[rows]
         begin, end = max(0, first_seen(int(at.min()), window)) if window else 0, int(at.max()) + 1
         self.at = at - begin
         self.visible = {owner: past[..., begin:end, :] for owner, past in self.keys_values.items()}
+        if compiled:  # for any number of positions at once, else it would be for this one and then again for others
+            for past in self.visible.values():
+                torch._dynamo.maybe_mark_dynamic(past, 3)
         if len(self.filled) > 1:  # else nothing is left out
             seen = torch.arange(begin, end, device=rows.device)
             self.mask = seen <= at[:, None]
@@ -360,9 +363,9 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 class LanguageModel(nn.Module):
-    """Generation for a model that has step(), is_full() and fit(); and weights that travel."""
+    """Generation for a model that has step(), advance(), is_full() and fit(); and weights that travel."""
 
-    parts = ()  # of a step, the functions that are worth compiling
+    compiled = False  # advance() is
     text = None  # how its training text was cut, a dict: set by sample.load() and from_pretrained()
 
     @torch.inference_mode()
@@ -393,15 +396,14 @@ class LanguageModel(nn.Module):
         return torch.stack(list(self.stream(prompts, max_new_bytes, temperature, top_k, top_p, generator)), dim=1)
 
     def compile_steps(self):
-        """Compiles what stream() and generate() do for each new id: a minute at the first ids the first time, a few seconds
-        from then on, and about half of the time for each id of a single row."""
+        """Compiles what stream() and generate() do for each new id: 40 seconds at the first ids the first time, a few from then
+        on, and about a third of the time for each id of a single row."""
         options = None
         if self.rope.is_cpu:  # kernels called from C++; what a matrix makes of one row as plain sums, not by a library
             options = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
-        compiled = copy.copy(self)  # with the same weights: a prompt is read once, not worth compiling
-        for name in self.parts:
-            setattr(compiled, name, torch.compile(getattr(self, name), options=options))
-        self.step = compiled.step
+        model = copy.copy(self)  # with the same weights: a prompt is read once, not worth compiling
+        model.advance, model.compiled = torch.compile(self.advance, options=options), True
+        self.step = model.step
 
     def save_pretrained(self, folder):
         """Writes folder/model.safetensors and folder/config.json, in the model's own dtype.
@@ -466,8 +468,6 @@ def check_fit(config, build, weights):
 
 class STLM(LanguageModel):
     """The byte-pooled transformer. Causal: the logits at byte i depend on symbols 0..i only."""
-
-    parts = "encode", "close", "decode"
 
     def __init__(self, config):
         super().__init__()
@@ -543,12 +543,18 @@ class STLM(LanguageModel):
 
     def step(self, x, cache):
         """The next symbol of every row, (B,), to the logits after it, (B, 512)."""
+        rows = (x >= 256).nonzero()[:, 0]
+        closing = len(rows) > 0
+        if closing:
+            cache.turn_to(rows, self.config.window, self.compiled)
+        return self.advance(x, cache, closing)
+
+    def advance(self, x, cache, closing):
+        """What of a step is compiled, once for bytes inside a patch and once for those that close it."""
         z, open_patch = self.encode(x[:, None], cache)  # (B, 1, d_byte), (B, 1)
         cache.sum += z[:, 0]
         cache.count += 1
-        rows = (x >= 256).nonzero()[:, 0]
-        if len(rows):  # these close a patch: only now the transformer runs, one position, on these rows alone
-            cache.turn_to(rows, self.config.window)
+        if closing:  # only now the transformer runs, one position, on the rows that close a patch alone
             self.close(cache)
         return self.decode(z + cache.h[:, None], open_patch, cache)[:, 0]
 
@@ -583,8 +589,6 @@ class GPT(LanguageModel):
     and dropout matter.
     """
 
-    parts = ("forward",)
-
     def __init__(self, config, vocab_size=50257):
         super().__init__()
         self.config = c = config
@@ -606,7 +610,10 @@ class GPT(LanguageModel):
 
     def step(self, x, cache):
         cache.filled = cache.n_symbols - 1
-        cache.turn_to(torch.arange(len(x), device=x.device), self.config.window)
+        cache.turn_to(torch.arange(len(x), device=x.device), self.config.window, self.compiled)
+        return self.advance(x, cache)
+
+    def advance(self, x, cache):
         return self(x[:, None], cache=cache, rope=self.rope[:, cache.filled, None, None])[0][:, 0]
 
     def is_full(self, cache, x):
