@@ -322,7 +322,7 @@ class Cache:
         begin, end = max(0, first_seen(int(at.min()), window)) if window else 0, int(at.max()) + 1
         self.at = at - begin
         self.visible = {owner: past[..., begin:end, :] for owner, past in self.keys_values.items()}
-        if compiled:  # for any number of positions at once, else it would be for this one and then again for others
+        if compiled:  # at once for any number of positions, not for this one first
             for past in self.visible.values():
                 torch._dynamo.maybe_mark_dynamic(past, 3)
         if len(self.filled) > 1:  # else nothing is left out
@@ -396,8 +396,8 @@ class LanguageModel(nn.Module):
         return torch.stack(list(self.stream(prompts, max_new_bytes, temperature, top_k, top_p, generator)), dim=1)
 
     def compile_steps(self):
-        """Compiles what stream() and generate() do for each new id: 40 seconds at the first ids the first time, a few from then
-        on, and about a third of the time for each id of a single row."""
+        """Compiles what stream() and generate() do for each new id: half a minute at the first ids the first time, a few seconds
+        from then on, and about a third of the time for each id of a single row."""
         options = None
         if self.rope.is_cpu:  # kernels called from C++; what a matrix makes of one row as plain sums, not by a library
             options = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
