@@ -396,8 +396,8 @@ class LanguageModel(nn.Module):
         return torch.stack(list(self.stream(prompts, max_new_bytes, temperature, top_k, top_p, generator)), dim=1)
 
     def compile_steps(self):
-        """Compiles what stream() and generate() do for each new id: half a minute at the first ids the first time, a few seconds
-        from then on, and about a third of the time for each id of a single row."""
+        """Compiles what stream() and generate() do for each new id: half a minute at the first ids the first time, a few
+        seconds from then on; an id of a single row then takes about a third of the time."""
         options = None
         if self.rope.is_cpu:  # kernels called from C++; what a matrix makes of one row as plain sums, not by a library
             options = {"cpp_wrapper": True, "post_grad_fusion_options": {"decompose_mm_pass": {}}}
