@@ -365,7 +365,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 class LanguageModel(nn.Module):
     """Generation for a model that has step(), advance(), is_full() and fit(); and weights that travel."""
 
-    compiled = False  # advance() is
+    compiled = False  # whether advance() is
     text = None  # how its training text was cut, a dict: set by sample.load() and from_pretrained()
 
     @torch.inference_mode()
