@@ -366,7 +366,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 class LanguageModel(nn.Module):
-    """Generation for a model that has step(), advance(), is_full() and fit(); and weights that travel."""
+    """Generation for a model that has step(), advance(), room() and fit(); and weights that travel."""
 
     compiled = False  # whether advance() is
     text = None  # how its training text was cut, a dict: set by sample.load() and from_pretrained()
@@ -377,9 +377,11 @@ class LanguageModel(nn.Module):
 
         A row that outgrows the model goes on from the last half of its text: the caches are built anew from there.
         """
-        windows, fresh, cache = list(prompts), [], None
+        windows, fresh, cache, room = list(prompts), [], None, 0
         for _ in range(max_new):
-            if cache is None or self.is_full(cache, ids):
+            if cache is not None and room == 0:  # not at every id: that costs 8%
+                room = self.room(cache, ids)
+            if room == 0:
                 if fresh:
                     windows = [torch.cat(pair) for pair in zip(windows, torch.stack(fresh, dim=1))]
                 windows, fresh = [self.fit(row) for row in windows], []
@@ -388,6 +390,7 @@ class LanguageModel(nn.Module):
                 logits = self(nn.utils.rnn.pad_sequence(windows, batch_first=True), cache=cache)[0][:, 0]  # (B, V)
                 cache.new = torch.ones_like(lengths)
             else:
+                room -= 1
                 cache.n_symbols += 1
                 logits = self.step(ids, cache)
             ids = pick(logits, temperature, top_k, top_p, generator)
@@ -570,9 +573,11 @@ class STLM(LanguageModel):
         cache.sum[rows], cache.count[rows] = 0.0, 0
         cache.filled[rows] += 1
 
-    def is_full(self, cache, x):
+    def room(self, cache, x):
+        """How many ids fit for certain, x the first, when each closes a patch; 0 = not even x."""
         c = self.config
-        return bool(((cache.n_symbols >= c.block_size) | (cache.filled + (x >= 256) > c.max_patches)).any())
+        filled = cache.filled + (x >= 256)  # patches after x
+        return min(c.block_size - int(cache.n_symbols.max()), c.max_patches - int(filled.max()) + 1)
 
     def fit(self, row):
         """The part of a row of symbols that the model can go on from: all of it, or at most half of what fits."""
@@ -619,8 +624,8 @@ class GPT(LanguageModel):
     def advance(self, x, cache):
         return self(x[:, None], cache=cache, rope=self.rope[:, cache.filled, None, None])[0][:, 0]
 
-    def is_full(self, cache, x):
-        return bool((cache.n_symbols >= self.config.block_size).any())
+    def room(self, cache, x):
+        return self.config.block_size - int(cache.n_symbols.max())
 
     def fit(self, row):
         return row if len(row) <= self.config.block_size else row[-max(1, self.config.block_size // 2) :]
