@@ -119,18 +119,18 @@ def measure(given, batches, peer=None):
         # the same text each time, so that a second call meets nothing that is not compiled yet
         generate = lambda prompts, n: writer.generate(prompts, n, generator=torch.Generator(device).manual_seed(0))
     writer.eval()
-    half, read_at = cfg.block_size // 2, []
-
-    def first_logits(*_):
-        if not read_at:
-            T.synchronize(device)
-            read_at.append(time.perf_counter())
-
-    writer.register_forward_hook(first_logits)
+    half = cfg.block_size // 2
 
     def seconds_for(prompts, n):
         """Of reading the prompts, and of writing n ids after that."""
-        read_at.clear()
+        read_at = []
+
+        def first_logits(*_):
+            hook.remove()  # else it would be a part of each step, and nothing could be compiled across it
+            T.synchronize(device)
+            read_at.append(time.perf_counter())
+
+        hook = writer.register_forward_hook(first_logits)
         T.synchronize(device)
         start = time.perf_counter()
         generate(prompts, n)
