@@ -153,9 +153,9 @@ def measure(given, batches, peer=None):
 
     with torch.compiler.set_stance("force_eager"):  # nanoGPT's is compiled on a GPU
         generation("")
-    if compiled:
-        writer.compile_steps()
-        generation(", compiled")
+    if compiled:  # as sample.py --compile, and with --bf16 where training takes it
+        writer.to(T.DTYPES[precision]).compile_steps()
+        generation(f", compiled, {precision}")
     return figures
 
 
@@ -550,10 +550,10 @@ def main():
         T.check_sizes(asdict(T.Config(**T.parse([config, *options]))))  # before any work
         jobs.append([*worker, *options])
     ours, *rivals = in_processes(jobs)
-    print(f"{'':38}{Path(models[0]).stem:>12}" + "".join(f"{Path(name).stem:>14}{'ratio':>7}" for name in models[1:]))
+    print(f"{'':45}{Path(models[0]).stem:>12}" + "".join(f"{Path(name).stem:>14}{'ratio':>7}" for name in models[1:]))
     for row, a in ours.items():
         cells = (f" {r[row]:13,.2f} {a / r[row]:6.2f}" if row in r else f"{'-':>14}{'':7}" for r in rivals)
-        print(f"{row:38}{a:12,.2f}" + "".join(cells))
+        print(f"{row:45}{a:12,.2f}" + "".join(cells))
 
 
 if __name__ == "__main__":

@@ -190,12 +190,13 @@ def main():
     parser.add_argument("--score", help="text, or FILE:path, to score instead of writing")
     parser.add_argument("--html", help="paint the scored text into this file (.svg: as a picture) instead of the terminal")
     parser.add_argument("--compile", action="store_true", help="for long texts: slow to begin, faster from then on")
+    parser.add_argument("--bf16", action="store_true", help="write in bf16: for a GPU, and where train.py says bf16")
     parser.add_argument("--device", default="", help="cuda, mps or cpu")
     args = parser.parse_args()
     if args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
         raise BadInput("expected --temperature of at least 0, --top_k of at least 1, --top_p above 0 and up to 1")
-    if args.compile and args.score is not None or args.html and args.score is None:
-        raise BadInput("expected --compile without --score (it is for writing), --html only with it")
+    if (args.compile or args.bf16) and args.score is not None or args.html and args.score is None:
+        raise BadInput("expected --compile and --bf16 without --score (they are for writing), --html only with it")
     model = load(args.out_dir, args.device)
 
     if args.score is not None:
@@ -211,6 +212,8 @@ def main():
         print(f"{bits.mean():.4f} bits per byte over {len(bits):,} bytes{where}")
         return
 
+    if args.bf16:
+        model.bfloat16()
     if args.compile:
         why_not = why_no_compile(model.wte.weight.device.type)
         if why_not:

@@ -92,6 +92,8 @@ def test_command_line(trained):
     assert done.returncode == 0 and done.stdout.count("the cat") >= 2 and "-" * 80 in done.stdout
     (trained / "p.txt").write_text("the mat")
     assert run_script("sample.py", *common, "--prompt=FILE:p.txt", cwd=trained).stdout.startswith("the mat")
+    done = run_script("sample.py", *common, "--prompt=the cat", "--bf16", cwd=trained)
+    assert done.returncode == 0 and len(done.stdout.encode()) > len("the cat\n")
     done = run_script("sample.py", *common, cwd=trained, input="the cat\n\n")
     assert done.returncode == 0 and "the cat" in done.stdout
     done = run_script("sample.py", *common, "--score=the\x1b cat", cwd=trained)
@@ -105,7 +107,7 @@ def test_command_line(trained):
         (["--prompt=a", "--out_dir=nowhere"], "no checkpoint nowhere"),
         (["--prompt=a", "--top_p=2"], "expected"),
         (["--prompt=a", "--html=a.html"], "--html only with it"),
-        (["--score=a", "--compile"], "--compile without --score"),
+        (["--score=a", "--compile"], "--compile and --bf16 without --score"),
         (["--prompt=a", "--max_new_byte=2"], "unrecognized arguments"),
     ]:
         assert_one_clear_line(run_script("sample.py", *common, *arguments, cwd=trained), expected)
