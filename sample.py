@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--score", help="text, or FILE:path, to score instead of writing")
     parser.add_argument("--html", help="paint the scored text into this file (.svg: as a picture) instead of the terminal")
     parser.add_argument("--compile", action="store_true", help="for long texts: slow to begin, faster from then on")
-    parser.add_argument("--bf16", action="store_true", help="write in bf16: for a GPU, and where train.py says bf16")
+    parser.add_argument("--bf16", action="store_true", help="write in bf16: faster with --compile where train.py says bf16")
     parser.add_argument("--device", default="", help="cuda, mps or cpu")
     args = parser.parse_args()
     if args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
