@@ -6,6 +6,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py config/stlm_10m.py --tokenizer=bpe:4096 --n_embd=320 --n_layer=7    # another rival
     python bench.py config/stlm_10m.py config/gpt_10m.py ../nanoGPT transformers        # and other projects' GPT-2
     python bench.py --lengths --dataset=novels             # speed and memory at rows of 1, 4 and 16 KB
+    python bench.py --profile config/quick.py              # where the time of a training step goes, and the least it could take
     python bench.py --compress=data/stdlib                 # bits per byte of general compressors on the same text
     python bench.py --prepare=data/stdlib                  # the speed of cutting its text, beside tiktoken's own
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
@@ -14,7 +15,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py --tasks=blimp,hellaswag,arc_easy,winogrande,piqa,lambada_openai,mmlu --out_dir=out/quick --limit=100
                                                            # the field's benchmarks, through the package lm-eval
 
-The first five read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
+The first six read the standard library's source, so no download is needed, or --dataset=NAME; other keys change the rivals.
 ../nanoGPT is a folder that holds a clone of it, transformers the package; both get the sizes of the rival before them, and
 train as nanoGPT does on such a device. Each model runs in a process of its own; a few steps each, they take turns, so
 that a machine whose speed changes does so for all. Figures of training are medians.
@@ -53,26 +54,37 @@ def end_turn():
     input()
 
 
+def text_of(cfg):
+    """The training rows that a config names, and what its meta.json says; settles max_patches."""
+    folder = T.find_data(cfg)
+    meta = T.load_meta(folder)
+    cfg.max_patches = T.patches_a_row(cfg, meta)
+    return T.Data(folder, "train", meta, cfg.block_size), meta
+
+
+def our_training(cfg, meta, device, autocast, precision, compiled):
+    """A model of ours and its step(x, y), as train.py takes it."""
+    T.keep_memory()
+    torch.manual_seed(0)
+    model = T.build_model(asdict(cfg), meta["vocab"]).to(device)
+    optimizers = T.make_optimizers(model, cfg, precision)
+    if compiled:
+        T.compile_blocks(model)
+    return model, lambda x, y: T.take_step(model, optimizers, [(x, y)], autocast, 1.0)
+
+
 def measure(given, batches, peer=None):
     """Figures of one model: a dict of row -> value. batches: how many rows are written at once. peer: another project's
     GPT-2 of the sizes in given."""
     cfg = T.Config(**given)
     device = T.choose_device(cfg.device)
-    folder = T.find_data(cfg)
-    meta = T.load_meta(folder)
-    cfg.max_patches = T.patches_a_row(cfg, meta)
-    data = T.Data(folder, "train", meta, cfg.block_size)
+    data, meta = text_of(cfg)
     autocast, precision, peak = T.choose_precision(device)
     compiled = peer is None and cfg.compile and not T.why_no_compile(device)
-    torch.manual_seed(0)
-    if peer is None:
-        T.keep_memory()
-        model = T.build_model(asdict(cfg), meta["vocab"]).to(device)
-        optimizers = T.make_optimizers(model, cfg, precision)
-        if compiled:
-            T.compile_blocks(model)
-        step = lambda x, y: T.take_step(model, optimizers, [(x, y)], autocast, 1.0)  # learns how often patches end
+    if peer is None:  # learns how often patches end
+        model, step = our_training(cfg, meta, device, autocast, precision, compiled)
     else:
+        torch.manual_seed(0)
         model, step, generate = other_gpt2(peer, cfg, len(data.n_bytes), device)
         precision = "bf16" if device.startswith("cuda") else "fp32"  # as nanoGPT's train.py takes them
 
@@ -157,6 +169,47 @@ def measure(given, batches, peer=None):
         writer.to(T.DTYPES[precision]).compile_steps()
         generation(f", compiled, {precision}")
     return figures
+
+
+def profile(given):
+    """Prints where the time of a training step goes, operator by operator, beside two floors: its operations at the measured
+    peak of matmuls, and its weights, gradients and moments once through memory at the measured bandwidth."""
+    cfg = T.Config(**given)
+    T.check_sizes(asdict(cfg))
+    device = T.choose_device(cfg.device)
+    data, meta = text_of(cfg)
+    autocast, precision, peak = T.choose_precision(device)
+    model, step = our_training(cfg, meta, device, autocast, precision, cfg.compile and not T.why_no_compile(device))
+    x, y = (ids.to(device) for ids in data.training_rows(0, cfg.batch_size, seed=0))
+
+    def seconds(job):
+        start = time.perf_counter()
+        job()
+        T.synchronize(device)
+        return time.perf_counter() - start
+
+    times = [seconds(lambda: step(x, y)) for _ in range(WARMUP + STEPS)]
+    with torch.profiler.profile() as profiler:
+        for _ in range(STEPS):
+            step(x, y)
+        T.synchronize(device)
+    a, b = torch.ones(2, 2**26, device=device)
+    bandwidth = 2 * a.nbytes / min(seconds(lambda: a.copy_(b)) for _ in range(5))
+    n_bytes, n_patches, n_symbols = map(int, data.count(y.cpu()))
+    flops = T.model_flops(model, n_symbols, n_patches)
+    # a weight, its gradient and one moment (Muon's; two of AdamW, which has the tables) are read, all but the gradient written
+    moved = 4 * sum(5 * p.numel() for p in model.parameters()) + 4 * sum(2 * p.numel() for p in T.tables_of(model))
+    print(f"{n_bytes:,} bytes of text a step, {precision}: {1e3 * statistics.median(times[WARMUP:]):.1f} ms, and no less than\n"
+          f"{1e3 * flops / peak:8.2f} for {flops / 1e9:.1f} GFLOP of the model at {peak / 1e9:,.0f} GFLOP/s\n"
+          f"{1e3 * moved / bandwidth:8.2f} for {moved / 1e6:.0f} MB of weights, gradients, moments at {bandwidth / 1e9:.0f} GB/s\n"
+          "      ms share calls  of a step")
+    cuda = device.startswith("cuda")  # there the kernels alone
+    spent = "self_device_time_total" if cuda else "self_cpu_time_total"
+    events = [e for e in profiler.key_averages() if not cuda or e.device_type.name == "CUDA"]
+    total = sum(getattr(e, spent) for e in events)
+    for e in sorted(events, key=lambda e: -getattr(e, spent))[:16]:
+        us = getattr(e, spent)
+        print(f"{us / STEPS / 1e3:8.2f}{us / total:6.0%}{e.count / STEPS:6.0f}  {e.key[:64]}")
 
 
 def in_processes(jobs):
@@ -540,6 +593,8 @@ def main():
         models.append(models[0].replace("stlm_", "gpt_"))
     if keys and keys[0] == "--lengths":
         return by_length(models, keys[1:])
+    if keys and keys[0] == "--profile":
+        return profile(T.parse([models[0], "--dataset=stdlib", *keys[1:]]))
     text, jobs = [key for key in keys if key.startswith("--dataset=")], []
     for i, name in enumerate(models):
         if name == "transformers" or (Path(name) / "model.py").is_file():

@@ -53,6 +53,23 @@ def test_longer_rows(workdir):
     assert all(float(value) > 0 for line in lines for value in line[3:])
 
 
+def test_profile(workdir):
+    """The floor is the operations of the model; the operators' shares are of all the time that was seen."""
+    (workdir / "stlm_tiny.py").write_text(CONFIG.format("stlm", 64, 32))
+    done = run_script("bench.py", "--profile", "stlm_tiny.py", "--dataset=tiny", "--batch_size=256", cwd=workdir)
+    assert done.returncode == 0, done.stderr
+    data = T.Data(Path("data/tiny"), "train", T.load_meta(Path("data/tiny")), 64)
+    n_bytes, n_patches, n_symbols = map(int, data.count(data.training_rows(0, 256, 0)[1]))
+    core = 12 * 32 * 32 + 2 * 16 * 32 + 32 * n_patches / 256  # a layer, up and down, attention to half of a row's patches
+    each_byte = 2 * 4 * 16 * 16 + 512 * 16 + 5 * 16 * 16 + 16 * 16
+    text, gflop = re.search(r"^([\d,]+) bytes of text.*\n +[\d.]+ for ([\d.]+) GFLOP", done.stdout, re.M).groups()
+    assert int(text.replace(",", "")) == n_bytes
+    assert float(gflop) == pytest.approx(6 * (core * n_patches + each_byte * n_symbols) / 1e9, abs=0.06)
+    ms, shares, names = zip(*re.findall(r"^ +([\d.]+) +(\d+)% +\d+  (\S+)", done.stdout, re.M))
+    assert "aten::mm" in names and 50 < sum(map(int, shares)) <= 105
+    assert list(map(float, ms)) == sorted(map(float, ms), reverse=True)
+
+
 def test_compressors(workdir):
     done = run_script("bench.py", "--compress=data/tiny", cwd=workdir)
     text = (workdir / "val.txt").read_bytes()
