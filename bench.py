@@ -45,7 +45,7 @@ import train as T
 from prepare import (BadInput, Parser, encode, gpt2_vocab, need, prepare, run, separator_of, to_ids, to_text, tokenizer,
                      whole_file)
 
-STEPS, TURN, WARMUP = 15, 3, 3
+STEPS, TURN, WARMUP = 15, 3, 5
 
 
 def end_turn():
@@ -70,7 +70,8 @@ def our_training(cfg, meta, device, autocast, precision, compiled):
     optimizers = T.make_optimizers(model, cfg, precision)
     if compiled:
         T.compile_blocks(model)
-    return model, lambda x, y: T.take_step(model, optimizers, [(x, y)], autocast, 1.0)
+    step = T.make_step(model, optimizers, autocast, graph=compiled and device == "cuda")
+    return model, lambda x, y: step([(x, y)], 1.0)
 
 
 def measure(given, batches, peer=None):
@@ -96,7 +97,7 @@ def measure(given, batches, peer=None):
         start = time.perf_counter()
         x, y = data.training_rows(i * cfg.batch_size, cfg.batch_size, seed=0)
         loaded = time.perf_counter()
-        step(x.to(device), y.to(device))
+        step(T.to_device(x, device), T.to_device(y, device))
         T.synchronize(device)
         if i < WARMUP:
             first = time.perf_counter() - start if i == 0 else first

@@ -26,6 +26,7 @@ N_SYMBOLS = 512  # a byte, and whether it ends its patch
 SEPARATOR = 511
 WINDOW = 16      # symbols that an n-gram can reach back, as long as the longest patch of prepare.py's words
 LIKELIEST = 8    # symbols whose logits the table of n-grams has a say in
+PLACES = 4       # after a patch: what the transformer says of it comes through another matrix for each, the last for all that follow
 HASH = 6364136223846793005  # odd; the hash of symbols and one more is HASH * (hash + symbol + 1), wrapping around in int64
 
 
@@ -189,8 +190,8 @@ class ByteContext(nn.Module):
         self.register_buffer("offsets", N_SYMBOLS * torch.arange(M + 2), persistent=False)
 
     def forward(self, x, wte, cache=None):
-        """Symbols (B, N) to embeddings (B, N, d_byte), and the hash of the patch that is open after each, (B, N), 0 where
-        none is."""
+        """Symbols (B, N) to embeddings (B, N, d_byte), and of the patch that is open after each its hash and how many symbols
+        it has, from 0 to 16, both (B, N), 0 where none is open."""
         past = F.pad(x, (WINDOW - 1, 0), value=SEPARATOR) if cache is None else cache.with_past(x)
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
@@ -205,7 +206,7 @@ class ByteContext(nn.Module):
         # a patch has another row than the n-gram of the same symbols: + 1
         grams = self.rows(torch.cat([codes[..., [n - 1 for n in self.grams]], patch + 1], dim=-1))  # (B, N, 5, d_ngram)
         z = F.embedding_bag(which.flatten(0, 1), table, mode="sum").view(*x.shape, -1) + self.ngram_up(grams.flatten(2))
-        return z, torch.where(x < 256, patch[..., 0], 0)
+        return z, torch.where(x < 256, patch[..., 0], 0), torch.where(x < 256, place[..., 0] + 1, 0)
 
     def table(self, wte):
         """The byte table, what each of its symbols means as a follower, and the places: (512 * 4 + 16, d_byte). Followers
@@ -483,8 +484,8 @@ class STLM(LanguageModel):
         self.encoder = Encoder(c)
         self.up = nn.Linear(c.d_byte, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
-        self.start = nn.Parameter(torch.zeros(c.d_byte))  # what a byte receives before the first patch has closed
+        self.down = nn.Linear(c.n_embd, PLACES * c.d_byte, bias=False)
+        self.start = nn.Parameter(torch.zeros(PLACES * c.d_byte))  # what bytes receive before the first patch has closed
         self.decoder = Decoder(c)
         self.loss = Loss()
         self.register_buffer("rope", rope_table(c.max_patches, c.n_embd // c.n_head), persistent=False)
@@ -497,7 +498,7 @@ class STLM(LanguageModel):
         which takes x for prompts, only the logits after the last real symbol of each: (B, 1, 512).
         """
         B, N = x.shape
-        z, open_patch = self.encode(x, cache)  # (B, N, d_byte), (B, N)
+        z, open_patch, n_open = self.encode(x, cache)  # (B, N, d_byte), (B, N), (B, N)
 
         # pool: the mean of z over each patch. One place more for what follows when max_patches have closed
         ends = (x >= 256).long()
@@ -511,12 +512,14 @@ class STLM(LanguageModel):
         count = torch.zeros_like(total[:, 0]).index_add(0, own, torch.ones_like(own, dtype=total.dtype))
         mean = (total / count.clamp(min=1)[:, None]).view(B, P + 1, -1)[:, :P]
 
-        h = self.core(mean.to(z.dtype), self.rope[:, :P], cache)  # (B, P, d_byte)
+        h = self.core(mean.to(z.dtype), self.rope[:, :P], cache)  # (B, P, PLACES * d_byte)
 
-        # unpool: each byte receives h of the last patch closed at or before it, never of its own open patch
+        # unpool: each byte receives h of the last patch closed at or before it, never of its own open patch; the part of h
+        # for its place after that patch
         h = torch.cat([self.start.to(h.dtype).expand(B, 1, -1), h], dim=1)
         patch = closed.clamp(max=P)  # past max_patches no patch opens: the last h serves the rest
-        received = h.flatten(0, 1).index_select(0, (patch + first).flatten()).view_as(z)
+        place = n_open.clamp(max=PLACES - 1)
+        received = h.view(-1, z.size(2)).index_select(0, (PLACES * (patch + first) + place).flatten()).view_as(z)
         logits = self.decode(z + received, open_patch, cache)  # (B, N, 512)
 
         if cache is not None:  # what step() goes on from: the open patch of every row, and the h it receives
@@ -531,8 +534,8 @@ class STLM(LanguageModel):
         return logits, self.loss(logits, y, reduction)
 
     def encode(self, x, cache=None):
-        z, open_patch = self.context(x, self.wte, cache)
-        return self.encoder(z), open_patch
+        z, *of_open_patch = self.context(x, self.wte, cache)
+        return self.encoder(z), *of_open_patch
 
     def core(self, pooled, rope, cache=None):
         h = norm(self.up(pooled))  # (B, P, n_embd)
@@ -557,12 +560,13 @@ class STLM(LanguageModel):
 
     def advance(self, x, cache, closing):
         """What of a step is compiled, once for bytes inside a patch and once for those that close it."""
-        z, open_patch = self.encode(x[:, None], cache)  # (B, 1, d_byte), (B, 1)
+        z, open_patch, n_open = self.encode(x[:, None], cache)  # (B, 1, d_byte), (B, 1), (B, 1)
         cache.sum += z[:, 0]
         cache.count += 1
         if closing:  # only now the transformer runs, one position, on the rows that close a patch alone
             self.close(cache)
-        return self.decode(z + cache.h[:, None], open_patch, cache)[:, 0]
+        received = rows_at(cache.h.view(len(x), PLACES, -1), n_open.clamp(max=PLACES - 1))
+        return self.decode(z + received, open_patch, cache)[:, 0]
 
     def close(self, cache):
         """The transformer's position for the patches that cache.rows have just closed."""

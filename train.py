@@ -262,7 +262,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonal(torch.stack(updates))  # (matrices, short side, long side)
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    wide(p).add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
+                    wide(p).sub_(update * (group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5))
 
 
 def wide(x):
@@ -292,7 +292,8 @@ def make_optimizers(model, cfg, precision="bf16"):
     assert len(tables) + len(matrices) + len(rest) == len(list(model.parameters()))
     muon = Muon(matrices, cfg.learning_rate, cfg.weight_decay, dtype=DTYPES[precision])
     groups = [{"params": tables, "betas": (0.9, 0.999)}, {"params": rest}]  # a row is met rarely: a longer memory
-    adamw = torch.optim.AdamW(groups, lr=cfg.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=cfg.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True,
+                              capturable=True)  # in a CUDA graph
     for group in muon.param_groups + adamw.param_groups:
         group["base_lr"] = group["lr"]
     return [muon, adamw]
@@ -306,7 +307,8 @@ def lr_scale(progress, cfg):
 
 
 def take_step(model, optimizers, batches, autocast, scale):
-    """One step on a list of batches (x, y) with the learning rates scaled; returns the mean loss, a tensor."""
+    """One step on a list of batches (x, y) with the learning rates scaled, by a number or a tensor; returns the mean loss, a
+    tensor."""
     total = 0.0
     for i, (x, y) in enumerate(batches):
         last = i == len(batches) - 1 or not dist.is_initialized()
@@ -323,6 +325,33 @@ def take_step(model, optimizers, batches, autocast, scale):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def make_step(model, optimizers, autocast, graph):
+    """take_step() of a list of batches and the scale. With graph, from the fourth step on as a CUDA graph: the GPU is told once
+    which kernels make a step, and repeats them without waiting for Python, which takes longer to start one of a small model
+    than the GPU to finish it."""
+    if not graph:
+        return lambda batches, scale: take_step(model, optimizers, batches, autocast, scale)
+    steps, recorded, static = 0, torch.cuda.CUDAGraph(), None
+
+    def step(batches, scale):
+        nonlocal steps, static
+        steps += 1
+        now = [*(ids for batch in batches for ids in batch), torch.tensor(scale, device=batches[0][0].device)]
+        if steps <= 3:  # compiles, and makes what the optimizers remember
+            return take_step(model, optimizers, batches, autocast, now[-1])
+        if static is None:
+            static = now
+            with torch.cuda.graph(recorded):
+                loss = take_step(model, optimizers, batches, autocast, static[-1])
+            static.append(loss)
+        for old, new in zip(static, now):
+            old.copy_(new)
+        recorded.replay()
+        return static[-1]
+
+    return step
 
 
 @torch.no_grad()
@@ -359,6 +388,11 @@ def all_ranks(values, device, op="sum"):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the machine
+
+
+def to_device(x, device):
+    """Without waiting for a GPU to end what it is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
 
 
 def synchronize(device):
@@ -610,6 +644,7 @@ def train(given):
     # on a CPU the first step of a new run is not compiled: what is wrong shows at once, in plain words
     compile_at = None if why_not else 1 if device == "cpu" and it == 0 else it
     model = torch.nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
+    step = make_step(model, optimizers, autocast, graph=device == "cuda" and not why_not)
     say(f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters; {folder}: "
         f"{meta['train']['bytes'] / 1e6:.1f} MB to train on, {meta['val']['bytes'] / 1e6:.1f} MB to validate on")
 
@@ -707,10 +742,10 @@ def train(given):
             row = ((it * cfg.grad_accum + micro) * world + rank) * cfg.batch_size
             x, y = data.training_rows(row, cfg.batch_size, cfg.seed)
             counts += data.count(y)
-            batches.append((x.to(device), y.to(device)))
+            batches.append((to_device(x, device), to_device(y, device)))
         if it == compile_at:
             compile_blocks(raw)
-        loss = take_step(model, optimizers, batches, autocast, lr_scale(progress, cfg))
+        loss = step(batches, lr_scale(progress, cfg))
         if device == "cpu" and not loss.isfinite():
             check_finite(raw, loss.item(), it, out)
         nats += loss * y.numel() * cfg.grad_accum

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, prose, random_model, symbols
 
-from model import GPT, LIKELIEST, STLM, STLMConfig, attend, last_follower, pick
+from model import GPT, LIKELIEST, PLACES, STLM, STLMConfig, attend, last_follower, pick
 from prepare import encode
 from train import why_no_compile
 
@@ -64,17 +64,19 @@ def test_pooling_against_a_slow_loop(max_patches):
     with torch.no_grad():
         fast = model(rows)[0]
         for row, logits in zip(rows, fast):
-            (z,), open_patch = model.encode(row[None])
+            (z,), open_patch, _ = model.encode(row[None])
             means, begin = [], 0
             for i, symbol in enumerate(row.tolist()):
                 if symbol >= 256 and len(means) < max_patches:
                     means.append(z[begin : i + 1].mean(0))
                     begin = i + 1
             h = model.core(torch.stack(means)[None], model.rope[:, : len(means)])[0] if means else None
-            received, n_closed = [], 0
+            received, n_closed, n_open = [], 0, 0
             for symbol in row.tolist():
                 n_closed = min(n_closed + (symbol >= 256), max_patches)
-                received.append(h[n_closed - 1] if n_closed else model.start)
+                n_open = 0 if symbol >= 256 else n_open + 1
+                whole = h[n_closed - 1] if n_closed else model.start
+                received.append(whole.view(PLACES, -1)[min(n_open, PLACES - 1)])
             slow = model.decode((z + torch.stack(received))[None], open_patch)[0]
             assert torch.allclose(slow, logits, atol=1e-4)
 
@@ -123,7 +125,7 @@ def test_a_symbol_is_scored_with_the_row_it_will_receive():
     model, row, looked_up = random_model(n_ngram=100_003, n_decoder=0), symbols(40, rate=0.3), []
     rows = model.context.rows
     model.context.rows = lambda codes: looked_up.append(codes[0]) or rows(codes)
-    z, open_patch = model.encode(row[None])
+    z, open_patch, _ = model.encode(row[None])
     received = looked_up.pop()[:, -1]  # (40,) the hash of the patch so far at each byte
     z = model.wte(row.roll(-1))[None]  # as if sure of the next symbol
     logits = model.decode(z, open_patch)[0]
