@@ -25,6 +25,7 @@ import zipfile
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -333,23 +334,22 @@ def make_step(model, optimizers, autocast, graph):
     than the GPU to finish it."""
     if not graph:
         return lambda batches, scale: take_step(model, optimizers, batches, autocast, scale)
-    steps, recorded, static = 0, torch.cuda.CUDAGraph(), None
+    graph, steps, recorded = torch.cuda.CUDAGraph(), 0, None
 
     def step(batches, scale):
-        nonlocal steps, static
+        nonlocal steps, recorded
         steps += 1
-        now = [*(ids for batch in batches for ids in batch), torch.tensor(scale, device=batches[0][0].device)]
+        scale = torch.full((), scale, device=batches[0][0].device)
         if steps <= 3:  # compiles, and makes what the optimizers remember
-            return take_step(model, optimizers, batches, autocast, now[-1])
-        if static is None:
-            static = now
-            with torch.cuda.graph(recorded):
-                loss = take_step(model, optimizers, batches, autocast, static[-1])
-            static.append(loss)
-        for old, new in zip(static, now):
+            return take_step(model, optimizers, batches, autocast, scale)
+        if steps == 4:
+            with torch.cuda.graph(graph):
+                loss = take_step(model, optimizers, batches, autocast, scale)
+            recorded = [*chain(*batches), scale], loss  # where the graph reads, and where it writes
+        for old, new in zip(recorded[0], [*chain(*batches), scale]):
             old.copy_(new)
-        recorded.replay()
-        return static[-1]
+        graph.replay()
+        return recorded[1]
 
     return step
 
@@ -392,7 +392,7 @@ def all_ranks(values, device, op="sum"):
 
 def to_device(x, device):
     """Without waiting for a GPU to end what it is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
 
 
 def synchronize(device):
