@@ -9,7 +9,7 @@ n_layer = 9
 n_head = 10
 n_embd = 640
 d_byte = 320
-n_ngram = 133_000
+n_ngram = 196_000
 
 batch_size = 32
 eval_interval = 2000

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from conftest import ROOT, TINY, assert_one_clear_line, prose, random_model, rea
 
 import prepare as P
 import train as T
-from model import GPT, STLM, STLMConfig
+from model import GPT, STLM, STLMConfig, likeliest
 
 
 def weights(out_dir):
@@ -410,3 +412,30 @@ def test_the_readmes_hacks_work(tmp_path):
                    "--max_minutes=0", "--max_iters=10", "--compile=false", "--sample_bytes=9")
         assert done.returncode == 0 and "on all" in done.stdout, done.stderr
         shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_steps_as_a_graph_equal_steps():
+    """A recorded step does what a step does: with new rows, a new learning rate, and after an evaluation in between."""
+    cfg = T.Config(block_size=64, max_patches=40, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_ngram=160)
+    rows = [(torch.randint(512, (4, 64), device="cuda"), torch.randint(512, (4, 64), device="cuda")) for _ in range(9)]
+    losses = []
+    for graph in False, True:
+        torch.manual_seed(0)
+        model = T.build_model(asdict(cfg), None).cuda()
+        step = T.make_step(model, T.make_optimizers(model, cfg), nullcontext(), graph)
+        losses.append([])
+        for i, batch in enumerate(rows):
+            losses[-1].append(step([batch], 0.1 + i / 10).item())
+            with torch.no_grad():
+                model(*rows[0], reduction="sum")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != pytest.approx(losses[0][::-1], rel=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_likeliest_symbols():
+    """Found by one maximum after the other, they are those that topk() finds."""
+    logits = torch.randn(50, 512, device="cuda").bfloat16()
+    values = [logits.gather(1, f(logits)).sort().values for f in (likeliest, torch.compile(likeliest))]
+    assert torch.equal(*values)
