@@ -12,5 +12,6 @@ n_head = 8
 n_embd = 512
 
 batch_size = 32
+learning_rate = 0.02  # better than 0.01 after 13 MB of novels
 eval_interval = 2000
 eval_bytes = 2_000_000

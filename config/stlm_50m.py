@@ -5,12 +5,13 @@ max_iters = 60_000  # about 4 GB of text
 
 block_size = 2048
 max_patches = 0
-n_layer = 9
+n_layer = 7
 n_head = 10
 n_embd = 640
 d_byte = 320
-n_ngram = 196_000
+n_ngram = 810_000  # rows: a quarter of the parameters. 9 layers and 196,000 rows: 1.5% worse and a fifth slower on an H100
 
 batch_size = 32
+learning_rate = 0.01  # best of 0.02, 0.01 and 0.005 after 13 MB of novels, with 9 layers
 eval_interval = 2000
 eval_bytes = 2_000_000
