@@ -70,7 +70,7 @@ def our_training(cfg, meta, device, autocast, precision, compiled):
     optimizers = T.make_optimizers(model, cfg, precision)
     if compiled:
         T.compile_blocks(model)
-    step = T.make_step(model, optimizers, autocast, graph=compiled and device == "cuda")
+    step = T.make_step(model, optimizers, autocast, record=compiled and device == "cuda")
     return model, lambda x, y: step([(x, y)], 1.0)
 
 

@@ -329,11 +329,11 @@ def take_step(model, optimizers, batches, autocast, scale):
     return total
 
 
-def make_step(model, optimizers, autocast, graph):
-    """take_step() of a list of batches and the scale. With graph, from the fourth step on as a CUDA graph: the GPU is told once
-    which kernels make a step, and repeats them without waiting for Python, which takes longer to start one of a small model
-    than the GPU to finish it."""
-    if not graph:
+def make_step(model, optimizers, autocast, record):
+    """take_step() as a function of a list of batches and the scale. With record, from the fourth step on as a CUDA graph: the GPU
+    is told once which kernels make a step, and repeats them without waiting for Python, which takes longer to start a kernel
+    of a small model than the GPU to run it."""
+    if not record:
         return lambda batches, scale: take_step(model, optimizers, batches, autocast, scale)
     graph, steps, recorded = torch.cuda.CUDAGraph(), 0, None
 
@@ -649,7 +649,7 @@ def train(given):
     # on a CPU the first step of a new run is not compiled: what is wrong shows at once, in plain words
     compile_at = None if why_not else 1 if device == "cpu" and it == 0 else it
     model = torch.nn.parallel.DistributedDataParallel(raw) if world > 1 else raw
-    step = make_step(model, optimizers, autocast, graph=device == "cuda" and not why_not)
+    step = make_step(model, optimizers, autocast, record=device == "cuda" and not why_not)
     say(f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters; {folder}: "
         f"{meta['train']['bytes'] / 1e6:.1f} MB to train on, {meta['val']['bytes'] / 1e6:.1f} MB to validate on")
 

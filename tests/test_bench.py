@@ -36,7 +36,7 @@ def test_both_models_side_by_side(tmp_path):
 
 def test_operations_by_hand():
     """2 a weight and position forward, twice that backward; attention 12 * positions * context / 2 * width."""
-    core = 2 * (2 * 4 * 32 * 32 + 8 * 32 * 32) + 2 * 16 * 32  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 1 + 2 MLPs
+    core = 2 * (2 * 4 * 32 * 32 + 8 * 32 * 32) + (1 + 4) * 16 * 32  # n_layer 2, n_embd 32, d_byte 16, d_ngram 16, 1 + 2 MLPs
     each_byte = 3 * 4 * 16 * 16 + 512 * 16 + 5 * 16 * 16 + 16 * 16  # MLPs, the table, five n-grams, the query
     for window, seen in (0, 10), (2, 6):  # twice the patches that one sees on average, of the 10 in one row of 64 symbols
         model = random_model(attend_twice=True, window=window)
