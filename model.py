@@ -210,17 +210,17 @@ class ByteContext(nn.Module):
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
         place = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
-        patch = codes.gather(-1, place)  # (B, N, 1) of the patch so far
-        matched = torch.cat([codes[..., 3:8:4], patch], dim=-1)
+        patch = codes.gather(-1, place)[..., 0]  # (B, N) of the patch so far
+        matched = torch.stack([*(codes[..., n - 1] for n in self.matches), patch], dim=-1)
         followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)  # (B, N, 3)
         which = torch.cat([x[..., None], followed, place], dim=-1) + self.offsets  # (B, N, 5) rows of the table
         table = self.table(wte) if cache is None or cache.table is None else cache.table
         if cache is not None:
             cache.table = table
         # a patch has another row than the n-gram of the same symbols: + 1
-        grams = self.rows(torch.cat([codes[..., 1:5], patch + 1], dim=-1))  # (B, N, 5, d_ngram)
+        grams = self.rows(torch.stack([*(codes[..., n - 1] for n in self.grams), patch + 1], dim=-1))  # (B, N, 5, d_ngram)
         z = embedding_sum(which, table) + self.ngram_up(grams.flatten(2))
-        return z, torch.where(x < 256, patch[..., 0], 0), torch.where(x < 256, place[..., 0] + 1, 0)
+        return z, torch.where(x < 256, patch, 0), torch.where(x < 256, place[..., 0] + 1, 0)
 
     def table(self, wte):
         """The byte table, what each of its symbols means as a follower, and the places: (512 * 4 + 16, d_byte). Followers
