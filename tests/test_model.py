@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, prose, random_model, symbols
 
-from model import GPT, LIKELIEST, PLACES, STLM, STLMConfig, attend, last_follower, pick
+from model import GPT, LIKELIEST, PLACES, STLM, STLMConfig, attend, last_follower, likeliest, pick
 from prepare import encode
 from train import why_no_compile
 
@@ -192,6 +192,22 @@ def test_compiled_steps_write_the_same():
         model.compile_steps()
         assert torch.equal(model(prompts[0][None])[0], logits)  # as it was: not compiled
         assert torch.equal(model.generate(prompts, 70, temperature=0), expected)
+
+
+@pytest.mark.slow
+def test_the_likeliest_symbols_compiled():
+    """Those of topk(), also below zero and where all are near to one another; and never an index out of range."""
+    if why_no_compile("cpu"):
+        pytest.skip("torch.compile does not work here")
+    compiled = torch.compile(likeliest, dynamic=False)
+    for step, shift in (0.005, 0.0), (0.005, -100.0), (0.2, -50.0):  # more than 1 / 256 apart
+        logits = torch.stack([step * torch.randperm(512) + shift for _ in range(20)])
+        for precision in torch.float32, torch.bfloat16:
+            best = logits.to(precision).gather(-1, compiled(logits.to(precision)))
+            assert torch.equal(best, logits.to(precision).topk(LIKELIEST).values)
+    for broken in torch.nan, torch.inf, -torch.inf, 1e30:
+        found = compiled(logits.where(logits < 0, broken))
+        assert found.min() >= 0 and found.max() < 512
 
 
 def test_sampling_options():
