@@ -12,6 +12,7 @@ Measures training and generation of an STLM beside the rival GPT of the same tot
     python bench.py --runs out/stlm.1 out/stlm.2 out/bpe.1 out/bpe.2     # finished runs side by side, and a figure
     python bench.py --sizes                                # draws where the parameters of the configs lie
     python bench.py --val out/quick out/finetune data/stdlib data/mine       # models on the validation text of datasets
+    python bench.py --val --block_size=16384 out/quick data/stdlib           # in longer rows than those trained on
     python bench.py --tasks=blimp,hellaswag,arc_easy,winogrande,piqa,lambada_openai,mmlu --out_dir=out/quick --limit=100
                                                            # the field's benchmarks, through the package lm-eval
 
@@ -357,19 +358,23 @@ def save_figure(plt, figure):
     print(f"drawn: {figure}")
 
 
-def validate(folders):
-    """A line a dataset, a column a model: bits per byte on all of its validation text."""
-    models = {f: S.load(f) for f in folders if not (Path(f) / "meta.json").is_file()}
+def validate(arguments):
+    """bench.py --val: a line a dataset, a column a model: bits per byte on all of its validation text."""
+    parser = Parser(allow_abbrev=False)
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--block_size", type=int)
+    args = parser.parse_args(arguments)
+    models = {f: S.load(f, block_size=args.block_size) for f in args.folders if not (Path(f) / "meta.json").is_file()}
     device = T.choose_device("")  # where load() puts them
     autocast = T.choose_precision(device)[0]
     print(f"{'bits per byte of validation text':34}" + "".join(f"{f:>16}" for f in models))
-    for folder in (f for f in folders if f not in models):
+    for folder in (f for f in args.folders if f not in models):
         meta, line = T.load_meta(Path(folder)), f"{folder:34}"
         for model in models.values():
             if model.text["vocab"] != meta["vocab"]:
                 raise BadInput(f"{folder} is cut with another vocabulary than the model's: prepare it the same way")
             data = T.Data(Path(folder), "val", meta, model.config.block_size)
-            line += f"{T.evaluate(model, data, 16, device, autocast):16.4f}"
+            line += f"{T.evaluate(model, data, max(1, 2**15 // data.N), device, autocast):16.4f}"
         print(line, flush=True)
 
 

@@ -24,18 +24,23 @@ from prepare import BadInput, Parser, bytes_of_ids, printable, run, separator_of
 from train import build_model, choose_device, load_checkpoint, why_no_compile
 
 
-def load(out_dir, device=""):
+def load(out_dir, device="", block_size=None):
     """The model of a training run, ready to use: out_dir/best.pt, or ckpt.pt, or a checkpoint file itself; or one that
-    model.save_pretrained() wrote into out_dir."""
-    if os.path.isfile(os.path.join(out_dir, "config.json")):
-        return LanguageModel.from_pretrained(out_dir).to(choose_device(device))
-    paths = [out_dir, os.path.join(out_dir, "best.pt"), os.path.join(out_dir, "ckpt.pt")]
-    path = next((p for p in paths if os.path.isfile(p)), paths[-1])
+    model.save_pretrained() wrote into out_dir. block_size: of its rows, when not that of training."""
     device = choose_device(device)
-    checkpoint = load_checkpoint(path, device)
-    model = build_model(checkpoint["config"], checkpoint["meta"]["vocab"]).to(device)
-    model.load_state_dict(checkpoint["model"])
-    model.text = checkpoint["meta"]  # how its training text was cut
+    if os.path.isfile(os.path.join(out_dir, "config.json")):
+        model = LanguageModel.from_pretrained(out_dir).to(device)
+    else:
+        paths = [out_dir, os.path.join(out_dir, "best.pt"), os.path.join(out_dir, "ckpt.pt")]
+        path = next((p for p in paths if os.path.isfile(p)), paths[-1])
+        checkpoint = load_checkpoint(path, device)
+        model = build_model(checkpoint["config"], checkpoint["meta"]["vocab"]).to(device)
+        model.load_state_dict(checkpoint["model"])
+        model.text = checkpoint["meta"]  # how its training text was cut
+    if block_size is not None:
+        if not 1 <= block_size < 2**20:
+            raise BadInput(f"block_size={block_size}: expected 1 to {2**20 - 1:,}")
+        model.set_block_size(block_size)
     return model.eval()
 
 
@@ -189,6 +194,7 @@ def main():
     parser.add_argument("--seed", type=int, help="the same seed writes the same text")
     parser.add_argument("--score", help="text, or FILE:path, to score instead of writing")
     parser.add_argument("--html", help="paint the scored text into this file (.svg: as a picture) instead of the terminal")
+    parser.add_argument("--block_size", type=int, help="bytes (for gpt, tokens) that the model remembers; as in training when missing")
     parser.add_argument("--compile", action="store_true", help="for long texts: slow to begin, faster from then on")
     parser.add_argument("--bf16", action="store_true", help="write in bf16: faster with --compile where train.py says bf16")
     parser.add_argument("--device", default="", help="cuda, mps or cpu")
@@ -197,7 +203,7 @@ def main():
         raise BadInput("expected --temperature of at least 0, --top_k of at least 1, --top_p above 0 and up to 1")
     if (args.compile or args.bf16) and args.score is not None or args.html and args.score is None:
         raise BadInput("expected --compile and --bf16 without --score (they are for writing), --html only with it")
-    model = load(args.out_dir, args.device)
+    model = load(args.out_dir, args.device, args.block_size)
 
     if args.score is not None:
         text = read_argument(args.score)

@@ -109,8 +109,17 @@ def test_command_line(trained):
         (["--prompt=a", "--html=a.html"], "--html only with it"),
         (["--score=a", "--compile"], "--compile and --bf16 without --score"),
         (["--prompt=a", "--max_new_byte=2"], "unrecognized arguments"),
+        (["--prompt=a", "--block_size=0"], "block_size=0: expected 1 to"),
     ]:
         assert_one_clear_line(run_script("sample.py", *common, *arguments, cwd=trained), expected)
+
+
+def test_validation_in_longer_rows(trained):
+    """bench.py --val scores all of the text in rows as long as it is told to; in those of training it prints the run's figure."""
+    figure = lambda *options: float(run_script("bench.py", "--val", "out", "data/cats", *options, cwd=trained).stdout.split()[-1])
+    last = json.loads((trained / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["all_of_val"] and figure() == pytest.approx(last["val_bpb"], abs=2e-4)
+    assert figure("--block_size=1000") < figure("--block_size=8") - 0.05  # it remembers more
 
 
 def test_the_rival_writes_and_scores(workdir, gpt2):
