@@ -223,11 +223,11 @@ def test_cached_generation_of_the_rival():
 @pytest.mark.slow
 def test_compiled_steps_write_the_same():
     """Of one row and of several, which close their patches at different times; with prompts read anew in between. (Unless an
-    eighth and a ninth likeliest symbol lie within 1 / 256 and it matters, as it does to other seeds of these random models.)"""
+    eighth and a ninth likeliest symbol lie within 1 / 4096 and it matters, as it does to other seeds of these random models.)"""
     if why_no_compile("cpu"):
         pytest.skip("torch.compile does not work here")
     rival = GPT(STLMConfig(block_size=24, n_layer=1, n_head=2, n_embd=32, window=5), 300)
-    for model, rows in (random_model(seed=1, n_layer=1, attend_twice=True, window=3), 1), (random_model(n_layer=1), 3), (rival, 2):
+    for model, rows in (random_model(n_layer=1, attend_twice=True, window=3), 1), (random_model(n_layer=1), 3), (rival, 2):
         prompts = [symbols(n, rate=0, seed=n) for n in (9, 5, 20)[:rows]]
         expected, logits = model.generate(prompts, 70, temperature=0), model(prompts[0][None])[0]
         model.compile_steps()
