@@ -7,5 +7,5 @@ max_iters = 300
 
 learning_rate = 0.0025  # a quarter of training's: the weights are good already
 adam_learning_rate = 0.001
-batch_size = 4
+batch_size = 2
 eval_interval = 100

@@ -222,8 +222,7 @@ def test_cached_generation_of_the_rival():
 
 @pytest.mark.slow
 def test_compiled_steps_write_the_same():
-    """Of one row and of several, which close their patches at different times; with prompts read anew in between. (Unless an
-    eighth and a ninth likeliest symbol lie within 1 / 4096 and it matters, as it does to other seeds of these random models.)"""
+    """Of one row and of several, which close their patches at different times; with prompts read anew in between."""
     if why_no_compile("cpu"):
         pytest.skip("torch.compile does not work here")
     rival = GPT(STLMConfig(block_size=24, n_layer=1, n_head=2, n_embd=32, window=5), 300)
