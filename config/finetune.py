@@ -5,7 +5,7 @@ dataset = "mine"
 out_dir = "out/finetune"
 max_iters = 300
 
-learning_rate = 0.0025  # a quarter of training's: the weights are good already
+learning_rate = 0.0025  # less than half of training's: the weights are good already
 adam_learning_rate = 0.001
 batch_size = 2
 eval_interval = 100
