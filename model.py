@@ -188,15 +188,15 @@ class ByteContext(nn.Module):
 
     Its row of the byte table, and one for its place in its patch. The last 2, 3, 4 and 5 symbols and the patch so far,
     hashed to rows of one table (BLT, arXiv 2412.09871), a narrow one, so that many rows fit. And for the last 4 symbols, the
-    last 8, the patch so far, and the patch so far with the one before it the row is searched for the place where they
-    occurred last: the symbol that followed them there is a good guess for the next one, without learning and at any distance
-    (the match model of data compressors, such as lpaq).
+    last 8 and the patch so far the row is searched for the place where they occurred last: the symbol that followed them
+    there is a good guess for the next one, without learning and at any distance (the match model of data compressors, such
+    as lpaq).
     """
 
     def __init__(self, config):
         super().__init__()
         self.grams, self.matches = (2, 3, 4, 5), (4, 8)
-        M = len(self.matches) + 2
+        M = len(self.matches) + 1
         self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
         self.ngram_up = nn.Linear((len(self.grams) + 1) * config.d_ngram, config.d_byte, bias=False)
         self.place = nn.Embedding(WINDOW, config.d_byte)
@@ -210,13 +210,11 @@ class ByteContext(nn.Module):
         past = F.pad(x, (WINDOW - 1, 0), value=SEPARATOR) if cache is None else cache.with_past(x)
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
-        closed = (last[..., 1:] >= 256).cumsum(-1)  # (B, N, 15) patches that end from there on
-        place = (closed < 1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
+        place = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
         patch = codes.gather(-1, place)[..., 0]  # (B, N) of the patch so far
-        two = codes.gather(-1, (closed < 2).sum(-1, keepdim=True))[..., 0]  # of the one before and it
-        matched = torch.stack([*(codes[..., n - 1] for n in self.matches), patch, two], dim=-1)
-        followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)  # (B, N, 4)
-        which = torch.cat([x[..., None], followed, place], dim=-1) + self.offsets  # (B, N, 6) rows of the table
+        matched = torch.stack([*(codes[..., n - 1] for n in self.matches), patch], dim=-1)
+        followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)  # (B, N, 3)
+        which = torch.cat([x[..., None], followed, place], dim=-1) + self.offsets  # (B, N, 5) rows of the table
         table = self.table(wte) if cache is None or cache.table is None else cache.table
         if cache is not None:
             cache.table = table
@@ -226,7 +224,7 @@ class ByteContext(nn.Module):
         return z, torch.where(x < 256, patch, 0), torch.where(x < 256, place[..., 0] + 1, 0)
 
     def table(self, wte):
-        """The byte table, what each of its symbols means as a follower, and the places: (512 * 5 + 16, d_byte). Followers
+        """The byte table, what each of its symbols means as a follower, and the places: (512 * 4 + 16, d_byte). Followers
         go through their matrix here, 512 symbols, not every byte."""
         d = wte.embedding_dim
         follower = torch.einsum("vd,emd->mve", wte.weight, self.match_up.weight.view(d, -1, d)).flatten(0, 1)

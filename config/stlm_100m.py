@@ -9,7 +9,7 @@ n_layer = 13
 n_head = 12
 n_embd = 768
 d_byte = 384
-n_ngram = 146_400
+n_ngram = 155_600
 
 batch_size = 32
 eval_interval = 2000

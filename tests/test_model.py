@@ -173,18 +173,6 @@ def test_longer_rows_than_trained_on(kind):
     assert len(model.fit(text)) == 200 and ids.item() == long[0, -1].argmax().item()
 
 
-def test_the_patch_before_is_matched_too(monkeypatch):
-    """Where the last two patches occurred before, only what followed both there is found, not what followed the last one."""
-    word = lambda text: list(text[:-1]) + [text[-1] + 256]
-    text = torch.tensor(word(b"one ") + word(b"two ") + [ord("x") + 256] + word(b"six ") + word(b"two ") + [ord("y") + 256]
-                        + word(b"one ") + word(b"two "))
-    found, model = [], random_model()
-    monkeypatch.setattr("model.last_follower", lambda codes, x: found.append(last_follower(codes, x)) or found[0])
-    model.context(text[None], model.wte)
-    of_8, of_patch, of_two = found[0][0, -1, 1:].tolist()
-    assert of_8 == of_two == ord("x") + 256 and of_patch == ord("y") + 256
-
-
 @torch.no_grad()
 def test_cached_generation_equals_uncached():
     """A batch of prompts of unequal length, far past block_size and max_patches."""
@@ -257,8 +245,8 @@ def test_golden_greedy_output():
     assert out.tolist() == GOLDEN
 
 
-GOLDEN = [50, 314, 209, 18, 308, 182, 486, 468, 297, 468, 44, 288, 262, 118, 288,
-          44, 468, 468, 44, 371, 468, 297, 221, 275]
+GOLDEN = [493, 189, 330, 467, 305, 127, 127, 280, 52, 381, 347, 406, 493, 69, 127,
+          127, 456, 75, 366, 262, 262, 504, 353, 406]
 
 
 def test_tied_table_and_sizes():
