@@ -15,6 +15,7 @@ import copy
 import json
 import os
 import runpy
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -307,6 +308,7 @@ class Cache:
         self.mask = None  # what each of them sees, (rows, positions); None = all
         self.past = self.codes = self.table = None
         self.keys_values = {}
+        self.steps, self.graphs = Counter(), {}  # of each kind: how many, and the CUDA graph
 
     def last_follower(self, codes, x):
         """last_follower() of a prompt, and then, with codes (B, 1, M) and x (B, 1), of one symbol after the other."""
@@ -334,21 +336,23 @@ class Cache:
             x = F.pad(x, (WINDOW - 1, 0), value=SEPARATOR)
             self.past = x.gather(1, self.new[:, None] + torch.arange(WINDOW - 1, device=x.device))
         else:
-            before, self.past = self.past, torch.cat([self.past[:, 1:], x], dim=1)  # always of one stride: compiled once
-            x = torch.cat([before, x], dim=1)
+            x = torch.cat([self.past, x], dim=1)
+            self.past.copy_(x[:, 1:])
         return x
 
     def turn_to(self, rows, window, compiled):
         """Before the transformer runs on the next position of these rows: what they see, the same for all of its layers, so
         that none of them has to wait for a GPU."""
-        self.rows, at = rows, self.filled[rows]
-        begin, end = max(0, first_seen(int(at.min()), window)) if window else 0, int(at.max()) + 1
-        self.at = at - begin
+        self.rows, at = rows, self.filled[rows].clamp(max=self.capacity - 1)
+        begin, end = 0, self.capacity
+        if not rows.is_cuda:  # no more than they see; a GPU would have to be asked for it
+            begin, end = max(0, first_seen(int(at.min()), window)) if window else 0, int(at.max()) + 1
+        self.position, self.at = at, at - begin
         self.visible = {owner: past[..., begin:end, :] for owner, past in self.keys_values.items()}
-        if compiled:  # at once for any number of positions, not for this one first
+        if compiled and not rows.is_cuda:  # at once for any number of positions, not for this one first
             for past in self.visible.values():
                 torch._dynamo.maybe_mark_dynamic(past, 3)
-        if len(self.filled) > 1:  # else nothing is left out
+        if len(self.filled) > 1 or rows.is_cuda:  # else nothing is left out
             seen = torch.arange(begin, end, device=rows.device)
             self.mask = seen <= at[:, None]
             if window:
@@ -367,6 +371,22 @@ class Cache:
         if self.mask is not None:
             score = score.masked_fill(~self.mask[:, None], -torch.inf)
         return (score.softmax(-1)[..., None] * v).sum(2, keepdim=True).type_as(v)
+
+    def replay(self, kind, take, x):
+        """take(x), on a GPU from the third step of its kind on as a CUDA graph: the GPU is told once which kernels make a step,
+        and repeats them on what x and the caches hold by then, without waiting for Python to start each."""
+        self.steps[kind] += 1
+        if not x.is_cuda or self.steps[kind] <= 2:  # the first ones compile what is to be compiled
+            return take(x)
+        if kind not in self.graphs:
+            graph, read = torch.cuda.CUDAGraph(), x.clone()
+            with torch.cuda.graph(graph):
+                logits = take(read)
+            self.graphs[kind] = graph, read, logits
+        graph, read, logits = self.graphs[kind]
+        read.copy_(x)
+        graph.replay()
+        return logits
 
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -582,30 +602,39 @@ class STLM(LanguageModel):
 
     def step(self, x, cache):
         """The next symbol of every row, (B,), to the logits after it, (B, 512)."""
-        rows = (x >= 256).nonzero()[:, 0]
+        rows = (x >= 256).nonzero()[:, 0]  # those that close a patch: only for them the transformer runs
         closing = len(rows) > 0
-        if closing:
-            cache.turn_to(rows, self.config.window, self.compiled)
-        return self.advance(x, cache, closing)
+
+        def take(x):
+            if closing:  # on a GPU it runs for all rows, which takes no longer and is the same for every step
+                some = torch.arange(len(x), device=x.device) if x.is_cuda else rows
+                cache.turn_to(some, self.config.window, self.compiled)
+            return self.advance(x, cache, closing)
+
+        return cache.replay(closing, take, x)
 
     def advance(self, x, cache, closing):
         """What of a step is compiled, once for bytes inside a patch and once for those that close it."""
         z, open_patch, n_open = self.encode(x[:, None], cache)  # (B, 1, d_byte), (B, 1), (B, 1)
         cache.sum += z[:, 0]
         cache.count += 1
-        if closing:  # only now the transformer runs, one position, on the rows that close a patch alone
-            self.close(cache)
+        if closing:  # only now the transformer runs, for one position
+            self.close(x, cache)
         received = rows_at(cache.h.view(len(x), PLACES, -1), n_open.clamp(max=PLACES - 1))
         return self.decode(z + received, open_patch, cache)[:, 0]
 
-    def close(self, cache):
-        """The transformer's position for the patches that cache.rows have just closed."""
+    def close(self, x, cache):
+        """The transformer's position for the patches that have just closed, of cache.rows. What it says of others among them
+        is not used, and their next patch takes the place of its keys and values."""
         rows = cache.rows
+        closes = x[rows] >= 256
         mean = (cache.sum[rows] / cache.count[rows, None]).to(cache.h.dtype)
-        rope = self.rope[:, cache.filled[rows], None, None]  # (2, rows, 1, 1, hd / 2)
-        cache.h[rows] = self.core(mean[:, None], rope, cache)[:, 0]
-        cache.sum[rows], cache.count[rows] = 0.0, 0
-        cache.filled[rows] += 1
+        rope = self.rope[:, cache.position, None, None]  # (2, rows, 1, 1, hd / 2)
+        h = self.core(mean[:, None], rope, cache)[:, 0]
+        cache.h[rows] = torch.where(closes[:, None], h, cache.h[rows])
+        cache.sum[rows] *= ~closes[:, None]
+        cache.count[rows] *= ~closes
+        cache.filled[rows] += closes
 
     def room(self, cache, x):
         """How many ids fit for certain, x the first, when each closes a patch; 0 = not even x."""
@@ -651,9 +680,12 @@ class GPT(LanguageModel):
         return logits, self.loss(logits, y, reduction)
 
     def step(self, x, cache):
-        cache.filled = cache.n_symbols - 1
-        cache.turn_to(torch.arange(len(x), device=x.device), self.config.window, self.compiled)
-        return self.advance(x, cache)
+        def take(x):
+            cache.filled = cache.n_symbols - 1
+            cache.turn_to(torch.arange(len(x), device=x.device), self.config.window, self.compiled)
+            return self.advance(x, cache)
+
+        return cache.replay("", take, x)
 
     def advance(self, x, cache):
         return self(x[:, None], cache=cache, rope=self.rope[:, cache.filled, None, None])[0][:, 0]

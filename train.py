@@ -263,8 +263,9 @@ class Muon(torch.optim.Optimizer):
             for pairs in same_shape.values():
                 params, grads = zip(*pairs)
                 updates = orthogonal(torch.stack(grads).to(self.dtype))  # (matrices, short side, long side)
+                updates.mul_(group["lr"])
                 for p, update in zip(params, updates):
-                    wide(p).sub_(update * (group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5))
+                    wide(p).sub_(update, alpha=max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def wide(x):
@@ -472,11 +473,15 @@ def compile_blocks(model):
 
 
 def choose_precision(device):
-    """Measures which of fp32 and bf16 this device multiplies faster: its autocast, its name, and its peak in FLOP/s, what
-    MFU is a share of."""
+    """Which of fp32 and bf16 this device multiplies faster: its autocast, its name, and its peak in FLOP/s, what MFU is a
+    share of."""
     torch.set_float32_matmul_precision("high")
-    fp32, bf16 = (matmul_peak(device, precision, smaller=2) for precision in DTYPES)  # bf16 may be emulated: slow
-    if all_ranks([bf16 < 1.2 * fp32], device, "max")[0]:
+    if device.startswith("cuda"):  # where another job is on it too, a measurement tells little
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fp32, bf16 = (matmul_peak(device, precision, smaller=2) for precision in DTYPES)
+        fast = bf16 >= 1.2 * fp32  # else it may be emulated: slow
+    if all_ranks([not fast], device, "max")[0]:
         return nullcontext(), "fp32", matmul_peak(device, "fp32")
     return torch.autocast(device.split(":")[0], torch.bfloat16), "bf16", matmul_peak(device, "bf16")
 

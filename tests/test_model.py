@@ -197,6 +197,25 @@ def test_cached_generation_of_the_rival():
         assert torch.equal(row, greedy_uncached(model, prompt, 60))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_writes_what_the_cpu_writes(compiled):
+    """Its recorded steps, of rows that close their patches at different times, with prompts read anew in between. In double
+    precision: in no other are the likeliest two always further apart than rounding."""
+    rival = GPT(STLMConfig(block_size=24, n_layer=1, n_head=2, n_embd=32, window=5), 300)
+    for model in random_model(seed=1, max_patches=8), random_model(n_layer=1, attend_twice=True, window=3), rival:
+        model.double()
+        prompts = [symbols(n, rate=0, seed=n) for n in (9, 5, 20)]
+        expected = model.generate(prompts, 150, temperature=0)
+        model.cuda()
+        if compiled:
+            model.compile_steps()
+        for rows in 3, 1:
+            written = model.generate([p.cuda() for p in prompts[:rows]], 150, temperature=0)
+            assert rows == 1 or torch.equal(written.cpu(), expected)
+        assert torch.equal(written[0].cpu(), model.cpu().generate(prompts[:1], 150, temperature=0)[0])
+
+
 @pytest.mark.slow
 def test_compiled_steps_write_the_same():
     """Of one row and of several, which close their patches at different times; with prompts read anew in between."""
