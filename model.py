@@ -380,7 +380,7 @@ class Cache:
             return take(x)
         if kind not in self.graphs:
             graph, read = torch.cuda.CUDAGraph(), x.clone()
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(x.device), torch.cuda.graph(graph):
                 logits = take(read)
             self.graphs[kind] = graph, read, logits
         graph, read, logits = self.graphs[kind]
