@@ -343,7 +343,7 @@ class Cache:
     def turn_to(self, rows, window, compiled):
         """Before the transformer runs on the next position of these rows: what they see, the same for all of its layers, so
         that none of them has to wait for a GPU."""
-        self.rows, at = rows, self.filled[rows].clamp(max=self.capacity - 1)
+        self.rows, at = rows, self.filled[rows].clamp(max=self.capacity - 1)  # a full row closes none: any place will do
         begin, end = 0, self.capacity
         if not rows.is_cuda:  # no more than they see; a GPU would have to be asked for it
             begin, end = max(0, first_seen(int(at.min()), window)) if window else 0, int(at.max()) + 1
@@ -606,9 +606,9 @@ class STLM(LanguageModel):
         closing = len(rows) > 0
 
         def take(x):
-            if closing:  # on a GPU it runs for all rows, which takes no longer and is the same for every step
-                some = torch.arange(len(x), device=x.device) if x.is_cuda else rows
-                cache.turn_to(some, self.config.window, self.compiled)
+            if closing:  # on a GPU for all rows: that takes no longer, and all steps are alike
+                which = torch.arange(len(x), device=x.device) if x.is_cuda else rows
+                cache.turn_to(which, self.config.window, self.compiled)
             return self.advance(x, cache, closing)
 
         return cache.replay(closing, take, x)
