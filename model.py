@@ -15,7 +15,6 @@ import copy
 import json
 import os
 import runpy
-from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -295,6 +294,29 @@ def init_weights(model):
 # generation, the same for both models
 
 
+def recorded(f):
+    """f, a function of tensors on a GPU, from its fourth call on as a CUDA graph: the GPU is told once which kernels make it up,
+    and repeats them on what the tensors hold by then, without waiting for Python, which takes longer to start a kernel of a
+    small model than the GPU to run it."""
+    graph, calls, reads, result = torch.cuda.CUDAGraph(), 0, None, None
+
+    def call(*inputs):
+        nonlocal calls, reads, result
+        calls += 1
+        if calls <= 3:  # compiles, and makes what an optimizer remembers
+            return f(*inputs)
+        if calls == 4:
+            reads = [x.clone() for x in inputs]
+            with torch.cuda.device(reads[0].device), torch.cuda.graph(graph):
+                result = f(*reads)
+        for old, new in zip(reads, inputs):
+            old.copy_(new)
+        graph.replay()
+        return result
+
+    return call
+
+
 class Cache:
     """What generation remembers of a batch of rows: their symbols, past keys and values."""
 
@@ -308,7 +330,7 @@ class Cache:
         self.mask = None  # what each of them sees, (rows, positions); None = all
         self.past = self.codes = self.table = None
         self.keys_values = {}
-        self.steps, self.graphs = Counter(), {}  # of each kind: how many, and the CUDA graph
+        self.graphs = {}  # of the kinds of steps, on a GPU
 
     def last_follower(self, codes, x):
         """last_follower() of a prompt, and then, with codes (B, 1, M) and x (B, 1), of one symbol after the other."""
@@ -373,20 +395,12 @@ class Cache:
         return (score.softmax(-1)[..., None] * v).sum(2, keepdim=True).type_as(v)
 
     def replay(self, kind, take, x):
-        """take(x), on a GPU from the third step of its kind on as a CUDA graph: the GPU is told once which kernels make a step,
-        and repeats them on what x and the caches hold by then, without waiting for Python to start each."""
-        self.steps[kind] += 1
-        if not x.is_cuda or self.steps[kind] <= 2:  # the first ones compile what is to be compiled
+        """take(x), a step; on a GPU all steps of a kind are the first one's take(), recorded."""
+        if not x.is_cuda:
             return take(x)
         if kind not in self.graphs:
-            graph, read = torch.cuda.CUDAGraph(), x.clone()
-            with torch.cuda.device(x.device), torch.cuda.graph(graph):
-                logits = take(read)
-            self.graphs[kind] = graph, read, logits
-        graph, read, logits = self.graphs[kind]
-        read.copy_(x)
-        graph.replay()
-        return logits
+            self.graphs[kind] = recorded(take)
+        return self.graphs[kind](x)
 
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPT, STLM, Block, ByteContext, Decoder, Encoder, Loss, STLMConfig, check_fit
+from model import GPT, STLM, Block, ByteContext, Decoder, Encoder, Loss, STLMConfig, check_fit, recorded
 from prepare import (KNOWN, BadInput, bytes_of_ids, encode, first_line, folder_name, need, prepare, printable, run,
                      separator_of, to_text, whole_file)
 
@@ -331,29 +331,11 @@ def take_step(model, optimizers, batches, autocast, scale):
 
 
 def make_step(model, optimizers, autocast, record):
-    """take_step() as a function of a list of batches and the scale. With record, from the fourth step on as a CUDA graph: the GPU
-    is told once which kernels make a step, and repeats them without waiting for Python, which takes longer to start a kernel
-    of a small model than the GPU to run it."""
+    """take_step() as a function of a list of batches and the scale. With record, on a GPU, as a CUDA graph."""
     if not record:
         return lambda batches, scale: take_step(model, optimizers, batches, autocast, scale)
-    graph, steps, recorded = torch.cuda.CUDAGraph(), 0, None
-
-    def step(batches, scale):
-        nonlocal steps, recorded
-        steps += 1
-        scale = torch.full((), scale, device=batches[0][0].device)
-        if steps <= 3:  # compiles, and makes what the optimizers remember
-            return take_step(model, optimizers, batches, autocast, scale)
-        if steps == 4:
-            with torch.cuda.graph(graph):
-                loss = take_step(model, optimizers, batches, autocast, scale)
-            recorded = [*chain(*batches), scale], loss  # where the graph reads, and where it writes
-        for old, new in zip(recorded[0], [*chain(*batches), scale]):
-            old.copy_(new)
-        graph.replay()
-        return recorded[1]
-
-    return step
+    take = recorded(lambda scale, *ids: take_step(model, optimizers, list(zip(ids[::2], ids[1::2])), autocast, scale))
+    return lambda batches, scale: take(torch.full((), scale, device=batches[0][0].device), *chain(*batches))
 
 
 @torch.no_grad()
