@@ -188,15 +188,15 @@ class ByteContext(nn.Module):
 
     Its row of the byte table, and one for its place in its patch. The last 2, 3, 4 and 5 symbols and the patch so far,
     hashed to rows of one table (BLT, arXiv 2412.09871), a narrow one, so that many rows fit. And for the last 4 symbols, the
-    last 8 and the patch so far the row is searched for the place where they occurred last: the symbol that followed them
-    there is a good guess for the next one, without learning and at any distance (the match model of data compressors, such
-    as lpaq).
+    patch so far and it with the patch before the row is searched for the place where they occurred last: the symbol that
+    followed them there is a good guess for the next one, without learning and at any distance (the match model of data
+    compressors, such as lpaq).
     """
 
     def __init__(self, config):
         super().__init__()
-        self.grams, self.matches = (2, 3, 4, 5), (4, 8)
-        M = len(self.matches) + 1
+        self.grams = (2, 3, 4, 5)
+        M = 3  # matches
         self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
         self.ngram_up = nn.Linear((len(self.grams) + 1) * config.d_ngram, config.d_byte, bias=False)
         self.place = nn.Embedding(WINDOW, config.d_byte)
@@ -210,9 +210,11 @@ class ByteContext(nn.Module):
         past = F.pad(x, (WINDOW - 1, 0), value=SEPARATOR) if cache is None else cache.with_past(x)
         last = past.unfold(1, WINDOW, 1).flip(-1)  # (B, N, 16) the last symbols at each byte, newest first
         codes = ((last + 1) * self.powers).cumsum(-1)  # hashes of the last 1, 2, ... 16
-        place = (last[..., 1:] < 256).cumprod(-1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
+        closed = (last[..., 1:] >= 256).cumsum(-1)  # (B, N, 15) patches that end between there and here
+        place = (closed < 1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
         patch = codes.gather(-1, place)[..., 0]  # (B, N) of the patch so far
-        matched = torch.stack([*(codes[..., n - 1] for n in self.matches), patch], dim=-1)
+        two = codes.gather(-1, (closed < 2).sum(-1, keepdim=True))[..., 0]  # and of the one before with it, up to 16 symbols
+        matched = torch.stack([codes[..., 3], patch, two], dim=-1)  # (B, N, 3)
         followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)  # (B, N, 3)
         which = torch.cat([x[..., None], followed, place], dim=-1) + self.offsets  # (B, N, 5) rows of the table
         table = self.table(wte) if cache is None or cache.table is None else cache.table
