@@ -195,8 +195,7 @@ class ByteContext(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.grams = (2, 3, 4, 5)
-        M = 3  # matches
+        self.grams, M = (2, 3, 4, 5), 3  # M matches
         self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
         self.ngram_up = nn.Linear((len(self.grams) + 1) * config.d_ngram, config.d_byte, bias=False)
         self.place = nn.Embedding(WINDOW, config.d_byte)
@@ -214,7 +213,7 @@ class ByteContext(nn.Module):
         place = (closed < 1).sum(-1, keepdim=True)  # in its patch, from 0 to 15
         patch = codes.gather(-1, place)[..., 0]  # (B, N) of the patch so far
         two = codes.gather(-1, (closed < 2).sum(-1, keepdim=True))[..., 0]  # and of the one before with it, up to 16 symbols
-        matched = torch.stack([codes[..., 3], patch, two], dim=-1)  # (B, N, 3)
+        matched = torch.stack([codes[..., 3], patch, two], dim=-1)  # (B, N, 3) the first is of the last 4
         followed = last_follower(matched, x) if cache is None else cache.last_follower(matched, x)  # (B, N, 3)
         which = torch.cat([x[..., None], followed, place], dim=-1) + self.offsets  # (B, N, 5) rows of the table
         table = self.table(wte) if cache is None or cache.table is None else cache.table
