@@ -343,7 +343,7 @@ class Cache:
             return last_follower(codes, x)
         row, at = torch.arange(len(x), device=x.device), self.n_symbols - 1  # (B,)
         codes = codes[:, 0]  # (B, M)
-        self.codes[row, :, at] = codes  # before the search, which leaves them out: after it compiled code would copy all codes
+        self.codes[row, :, at] = codes  # before the search, which leaves them out: else compiled code copies all of them
         self.symbols[row, at] = x[:, 0]
         same = (self.codes == codes[..., None]) & (self.places <= at.int()[:, None, None])  # (B, M, block_size)
         after = (same * self.places).amax(-1).long()  # (B, M) one past the last such place; 0 = none
