@@ -46,7 +46,7 @@ import train as T
 from prepare import (BadInput, Parser, encode, gpt2_vocab, need, prepare, run, separator_of, to_ids, to_text, tokenizer,
                      whole_file)
 
-STEPS, TURN, WARMUP = 15, 3, 5
+STEPS, TURN, WARMUP, PROFILED = 15, 3, 5, 5
 
 
 def end_turn():
@@ -190,13 +190,16 @@ def profile(given):
         T.synchronize(device)
         return time.perf_counter() - start
 
-    times = [seconds(lambda: step(x, y)) for _ in range(WARMUP + STEPS)]
-    with torch.profiler.profile() as profiler:
-        for _ in range(STEPS):
-            step(x, y)
-        T.synchronize(device)
     a, b = torch.ones(2, 2**26, device=device)
     bandwidth = 2 * a.nbytes / min(seconds(lambda: a.copy_(b)) for _ in range(5))
+    # now room in the heap for the profiler's notes, which else cut up what freed tensors leave: then the next tensors need new
+    # pages, up to half of a step on a CPU, and it looks as if the kernels that first touch them were slow
+    del a, b
+    times = [seconds(lambda: step(x, y)) for _ in range(WARMUP + STEPS)]
+    with torch.profiler.profile() as profiler:
+        for _ in range(PROFILED):
+            step(x, y)
+        T.synchronize(device)
     n_bytes, n_patches, n_symbols = map(int, data.count(y.cpu()))
     flops = T.model_flops(model, n_symbols, n_patches)
     # a weight, its gradient and one moment (Muon's; two of AdamW, which has the tables) are read, all but the gradient written
@@ -211,7 +214,7 @@ def profile(given):
     total = sum(getattr(e, spent) for e in events)
     for e in sorted(events, key=lambda e: -getattr(e, spent))[:16]:
         us = getattr(e, spent)
-        print(f"{us / STEPS / 1e3:8.2f}{us / total:6.0%}{e.count / STEPS:6.0f}  {e.key[:64]}")
+        print(f"{us / PROFILED / 1e3:8.2f}{us / total:6.0%}{e.count / PROFILED:6.0f}  {e.key[:64]}")
 
 
 def in_processes(jobs):

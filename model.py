@@ -78,8 +78,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None, again=False):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, hd)
-        (q, k), v = rotate(norm(qkv[:2]), rope), qkv[2]
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, hd)
+        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
         if cache is not None:
             y = cache.attend((self, again), q, k, v, self.window)
         else:
@@ -106,7 +106,8 @@ def attend(q, k, v, window):
     else:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     hidden = (seen > at) | (seen < 0)
-    y = (q @ k.mT * q.size(-1) ** -0.5).float().masked_fill(hidden, -torch.inf).softmax(-1).type_as(v) @ v
+    score = (k @ q.mT).mT * q.size(-1) ** -0.5  # as q @ k.mT, whose gradient of k comes in columns: slow on a CPU
+    y = score.float().masked_fill(hidden, -torch.inf).softmax(-1).type_as(v) @ v
     return y.flatten(2, -2)[:, :, :T]
 
 

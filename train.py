@@ -461,7 +461,8 @@ def choose_precision(device):
     if device.startswith("cuda"):  # where another job is on it too, a measurement tells little
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fp32, bf16 = (matmul_peak(device, precision, smaller=2) for precision in DTYPES)
+        turns = [[matmul_peak(device, precision, smaller=2) for precision in DTYPES] for _ in range(3)]
+        fp32, bf16 = map(max, zip(*turns))  # in turns: a neighbour on the machine may slow one down and not the other
         fast = bf16 >= 1.2 * fp32  # else it may be emulated: slow
     if all_ranks([not fast], device, "max")[0]:
         return nullcontext(), "fp32", matmul_peak(device, "fp32")
@@ -520,10 +521,12 @@ def load_checkpoint(path, device="cpu"):
 
 
 def patches_a_row(cfg, meta):
-    """max_patches, and where that is 0 room for rows with 15% more patches than the data's average."""
+    """max_patches, and where that is 0 room for rows with 15% more patches than the data's average; as whole chunks of
+    attention, where it has a window: what fills up the last one would cost as much as patches."""
     if cfg.model != "stlm" or cfg.max_patches:
         return cfg.max_patches
-    return int(1.15 * cfg.block_size / meta["train"]["bytes_per_patch"])
+    n = 1.15 * cfg.block_size / meta["train"]["bytes_per_patch"]
+    return cfg.window * round(n / cfg.window) if 0 < 2 * cfg.window < n else int(n)
 
 
 def sizes_of(config):
