@@ -521,12 +521,13 @@ def load_checkpoint(path, device="cpu"):
 
 
 def patches_a_row(cfg, meta):
-    """max_patches, and where that is 0 room for rows with 15% more patches than the data's average; as whole chunks of
-    attention, where it has a window: what fills up the last one would cost as much as patches."""
+    """max_patches, and where that is 0 room for rows with 15% more patches than the data's average; where it is near that, as
+    whole chunks of attention: what fills up the last one would cost as much as patches."""
     if cfg.model != "stlm" or cfg.max_patches:
         return cfg.max_patches
     n = 1.15 * cfg.block_size / meta["train"]["bytes_per_patch"]
-    return cfg.window * round(n / cfg.window) if 0 < 2 * cfg.window < n else int(n)
+    whole = cfg.window * round(n / max(cfg.window, 1))
+    return whole if 0.95 * n < whole < 1.05 * n else int(n)
 
 
 def sizes_of(config):
