@@ -186,6 +186,15 @@ def test_schedule():
     assert [T.lr_scale(p, cfg) for p in (0, 0.05, 0.1, 0.5, 0.75, 1.0, 1.2)] == pytest.approx([0, 0.5, 1, 1, 0.5, 0, 0])
 
 
+def test_room_for_patches():
+    meta = {"train": {"bytes_per_patch": 5.2}}
+    room = lambda **keys: T.patches_a_row(T.Config(**{"block_size": 2048, "max_patches": 0} | keys), meta)
+    assert room() == 452  # 15% more than the average
+    assert room(window=64) == 7 * 64  # near that whole chunks of attention
+    assert room(window=64, block_size=1024) == 226 and room(window=300) == 452  # far from it
+    assert room(window=64, max_patches=50) == 50
+
+
 def test_learning_works(workdir):
     """120 steps on repetitive text: far better than the 9 bits of no knowledge, and better than the bytes' frequencies."""
     T.train(T.parse([*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=120", "--eval_interval=60", "--sample_bytes=0",
