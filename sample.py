@@ -1,11 +1,9 @@
 """
 Writes text with a trained model, or shows how much each byte of a text surprises it.
 
-    python sample.py --out_dir=out/quick --prompt="def " --max_new_bytes=300
-    python sample.py --out_dir=out/quick --prompt=FILE:start.txt --temperature=0.8 --top_p=0.95 --num_samples=3
-    python sample.py --out_dir=out/quick                                    # asks for prompts until an empty line
-    python sample.py --out_dir=out/quick --prompt="def " --max_new_bytes=50000 --compile
-    python sample.py --out_dir=out/quick --score="for i in range(10):"      # bits per byte, painted in the terminal
+    python sample.py --out_dir=out/quick --prompt="def " --temperature=0.7 --top_p=0.95
+    python sample.py --out_dir=out/quick                       # asks for prompts
+    python sample.py --out_dir=out/quick --score="import os"   # painted in the terminal
     python sample.py --out_dir=out/quick --score=FILE:model.py --html=surprise.html
 
 In a notebook: model = load("out/quick"); write(model, "def "); score(model, "import os")
@@ -13,240 +11,214 @@ In a notebook: model = load("out/quick"); write(model, "def "); score(model, "im
 import argparse
 import codecs
 import html
-import math
-import os
+import io
+import sys
+import unicodedata
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
+import regex
 import torch
 
-from model import GPT, LanguageModel, pick
-from prepare import BadInput, Parser, bytes_of_ids, printable, run, separator_of, to_ids, to_text, whole_file
-from train import build_model, choose_device, load_checkpoint, why_no_compile
+from model import GPT, from_pretrained, pick
+from model import stream as stream_ids
+from prepare import (BadInput, Parser, bytes_of_ids, first_line, printable, run, separator_of,
+                     to_ids, to_text, whole_file)
+from train import choose_device, load_checkpoint
+
+NUMBERS = {  # option: the least and the most that it may be, its default, what it means
+    "max_new_bytes": (0, 10**9, 300, "length of a sample"),
+    "num_samples": (1, 10**6, 1, "how many to write"),
+    "temperature": (0.0, 100.0, 0.8, "0 always takes the likeliest"),
+    "top_k": (1, 10**6, None, "choose among the k likeliest only"),
+    "top_p": (0.001, 1.0, None, "choose among the likeliest that together have this probability"),
+    "seed": (0, 10**18, None, "the same seed writes the same text"),
+    "block_size": (1, 2**20 - 1, None, "symbols (tokens) to look back; default: as in training"),
+}
+
+
+def check(**options):
+    """Raises BadInput for a number outside of its range. None stands for one not given."""
+    for name, value in options.items():
+        least, most, *_ = NUMBERS[name]
+        if value is not None and not least <= value <= most:  # so that nan is refused too
+            raise BadInput(f"{name}={value}: expected {least} to {most:,}")
 
 
 def load(out_dir, device="", block_size=None):
-    """The model of a training run, ready to use: out_dir/best.pt, or ckpt.pt, or a checkpoint file itself; or one that
-    model.save_pretrained() wrote into out_dir. block_size: of its rows, when not that of training."""
-    device = choose_device(device)
-    if os.path.isfile(os.path.join(out_dir, "config.json")):
-        model = LanguageModel.from_pretrained(out_dir).to(device)
+    """The model in a folder: best.pt or else ckpt.pt of a training run, or what save_pretrained()
+    wrote; out_dir may also be a checkpoint file. With block_size it looks further back."""
+    check(block_size=block_size)
+    if Path(out_dir, "config.json").is_file():
+        try:
+            model = from_pretrained(out_dir)
+        except Exception as error:  # of either file's format
+            raise BadInput(f"{out_dir} holds no model of save_pretrained() ({first_line(error)})")
     else:
-        paths = [out_dir, os.path.join(out_dir, "best.pt"), os.path.join(out_dir, "ckpt.pt")]
-        path = next((p for p in paths if os.path.isfile(p)), paths[-1])
-        checkpoint = load_checkpoint(path, device)
-        model = build_model(checkpoint["config"], checkpoint["meta"]["vocab"]).to(device)
-        model.load_state_dict(checkpoint["model"])
-        model.text = checkpoint["meta"]  # how its training text was cut
+        paths = [Path(out_dir), Path(out_dir, "best.pt"), Path(out_dir, "ckpt.pt")]
+        model, _ = load_checkpoint(next((path for path in paths if path.is_file()), paths[-1]))
     if block_size is not None:
-        if not 1 <= block_size < 2**20:
-            raise BadInput(f"block_size={block_size}: expected 1 to {2**20 - 1:,}")
         model.set_block_size(block_size)
-    return model.eval()
+    return model.to(choose_device(device)).eval()
 
 
+# --- writing --------------------------------------------------------------------------------------
 def document(model, text):
-    """A separator, which begins every document, and then text (bytes) cut as the training data was: (N,) int64."""
-    meta = model.text
-    ids = to_ids(text, meta["patcher"], meta["vocab"])
-    ids = np.concatenate([[separator_of(meta["vocab"])], ids]).astype(np.int64)
-    return torch.from_numpy(ids).to(model.wte.weight.device)
+    """text (str or bytes) cut as in training, after the separator of documents: (N,) int64."""
+    text = text.encode() if isinstance(text, str) else text
+    patcher, vocab = model.text["patcher"], model.text["vocab"]
+    ids = np.concatenate([[separator_of(vocab)], to_ids(text, patcher, vocab)]).astype(np.int64)
+    return torch.from_numpy(ids).to(model.rope.device)
 
 
 @torch.no_grad()
-def settle(model, ids, generator):
-    """Lets the model decide whether the last byte of a prompt ends its patch: the rule that cuts text may depend on
-    what follows, and here nothing does yet."""
-    if isinstance(model, GPT):
+def decide_last_flag(model, ids, generator):
+    """Lets the model decide whether the last byte of a prompt ends its patch: the rule that cut the
+    training text may depend on what follows, and here nothing does yet."""
+    byte = int(ids[-1]) % 256
+    if isinstance(model, GPT) or byte == 0xFF:  # which never ends a patch
         return ids
-    before, byte = model.fit(ids[:-1]), int(ids[-1]) % 256
-    pair = torch.tensor([byte, byte + 256], device=ids.device)
-    logits = model(before[None])[0][:, -1, pair]  # (1, 2)
-    return torch.cat([ids[:-1], pair[pick(logits, generator=generator)]])
+    open_or_closed = torch.tensor([byte, byte + 256], device=ids.device)
+    logits = model(ids[None, -1 - model.config.block_size : -1])[:, -1, open_or_closed]  # (1, 2)
+    return torch.cat([ids[:-1], open_or_closed[pick(logits, generator=generator)]])
 
 
 def stream(model, prompt, max_new_bytes=300, temperature=0.8, top_k=None, top_p=None, seed=None):
-    """Yields the text that follows prompt (str or bytes), in pieces of whole characters, until the document ends.
-
-    Raises BadInput for an empty prompt. Bytes that are no UTF-8 become U+FFFD.
-    """
-    prompt = prompt.encode() if isinstance(prompt, str) else prompt
+    """Yields the text that follows prompt (str or bytes), in pieces of whole characters, until the
+    model ends the document; bytes that are not UTF-8 as U+FFFD. Raises BadInput."""
+    check(max_new_bytes=max_new_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if not prompt:
         raise BadInput("the prompt has zero bytes: expected at least one")
-    device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(torch.seed() % 2**63 if seed is None else seed)
-    ids = settle(model, document(model, prompt), generator)
-    decoder, n = codecs.getincrementaldecoder("utf-8")("replace"), 0
-    for new in model.stream([ids], max_new_bytes, temperature, top_k, top_p, generator):
+    options = dict(temperature=round(temperature, 3), top_k=top_k, top_p=top_p)  # 1e-40 overflows
+    generator = torch.Generator(model.rope.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+
+    ids = decide_last_flag(model, document(model, prompt), generator)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder = io.IncrementalNewlineDecoder(decoder, translate=False)  # keeps \r\n in one piece
+    for new in stream_ids(model, ids[None], max_new_bytes, generator=generator, **options):
         piece = to_text(new.cpu().numpy(), model.text["vocab"])
-        n += len(piece)
-        if not piece or n > max_new_bytes:  # a separator: the model ends its document
+        max_new_bytes -= len(piece)
+        if not piece or max_new_bytes < 0:  # no bytes: a separator
             break
         yield decoder.decode(piece)
     yield decoder.decode(b"", final=True)
 
 
 def write(model, prompt, **options):
-    """The text that follows prompt, as one string. Options as in stream()."""
+    """The text that follows prompt, as one string. The options are those of stream()."""
     return "".join(stream(model, prompt, **options))
 
 
+# --- scoring --------------------------------------------------------------------------------------
 @torch.no_grad()
 def score(model, text):
-    """How surprising text (str or bytes) is: bits (a float a byte) and ends (does this byte end its patch?).
-
-    bits.sum() / len(bits) are the bits per byte. Longer texts are scored in windows of block_size.
-    """
-    text = text.encode() if isinstance(text, str) else text
+    """How surprising text (str or bytes) is. For each byte, bits: its surprise, and ends: does it
+    end its patch (for GPT: its token, whose bits its bytes share)? bits.mean() is bits per byte.
+    Text longer than block_size is scored in windows. Raises BadInput for empty text."""
     if not text:
         raise BadInput("the text to score has zero bytes: expected at least one")
-    ids, N = document(model, text), model.config.block_size
-    nats = torch.cat([
-        model(x[None], y[None], reduction="none")[1] for x, y in zip(ids[:-1].split(N), ids[1:].split(N))
-    ]).cpu().numpy()
-    lengths = bytes_of_ids(model.text["vocab"])[ids[1:].cpu().numpy()]
-    bits = np.repeat(nats / math.log(2) / lengths, lengths)  # a token's bits are shared among its bytes
+    ids, block_size = document(model, text), model.config.block_size
+    windows = zip(ids[:-1].split(block_size), ids[1:].split(block_size))
+    logp = [model(x[None])[0].float().log_softmax(1).gather(1, y[:, None]) for x, y in windows]
+    nats, ids = -torch.cat(logp)[:, 0].cpu().numpy(), ids[1:].cpu().numpy()
+
+    lengths = bytes_of_ids(model.text["vocab"])[ids]
+    bits = np.repeat(nats / np.log(2) / lengths, lengths)
     ends = np.zeros(len(bits), bool)
-    ends[lengths.cumsum() - 1] = True if isinstance(model, GPT) else (ids[1:] >= 256).cpu().numpy()
+    ends[lengths.cumsum() - 1] = isinstance(model, GPT) or ids >= 256
     return bits, ends
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# showing
-
-
 def characters(text, bits, ends):
-    """Yields (character, bits, ends a patch) for text (bytes); what is no UTF-8 or no character comes out escaped."""
+    """Yields for each character of text (bytes): as what it is shown, its bits, how light it is
+    painted (255 for none, 0 from 8 bits on), and whether a patch ends in it."""
     i = 0
-    for c in text.decode("utf-8", "surrogateescape"):
-        n = len(c.encode("utf-8", "surrogateescape"))
-        shown = "\ufffd" if "\udc80" <= c <= "\udcff" else printable(c)
-        yield shown, float(bits[i : i + n].sum()), bool(ends[i + n - 1])
-        i += n
-
-
-def shade(bits):
-    """Background of a surprise: white for none, red from 8 bits on."""
-    light = int(255 * (1 - min(bits, 8.0) / 8))
-    return 255, light, light
+    for character in regex.findall(r"\X", text.decode("utf-8", "surrogateescape")):  # with accents
+        raw = character.encode("utf-8", "surrogateescape")
+        shown = raw.decode("utf-8", "backslashreplace").replace("\r\n", "\n").replace("\r", r"\r")
+        surprise, end = bits[i : i + len(raw)].sum(), bool(ends[i : i + len(raw)].any())
+        yield printable(shown).expandtabs(4), surprise, round(255 * (1 - min(surprise, 8) / 8)), end
+        i += len(raw)
 
 
 def paint_terminal(text, bits, ends):
-    out = []
-    for c, b, end in characters(text, bits, ends):
-        red, green, blue = shade(b)
-        mark = f"\x1b[48;2;{red};{green};{blue}m\x1b[30m{c}\x1b[0m" if c != "\n" else "\n"
-        out.append(mark + ("\x1b[36m|\x1b[0m" if end and c != "\n" else ""))
-    return "".join(out)
+    return "".join(
+        f"\x1b[48;2;255;{light};{light}m\x1b[30m{c.replace(chr(10), ' ')}\x1b[0m"
+        + "\x1b[36m|\x1b[0m" * end + "\n" * (c == "\n")
+        for c, _, light, end in characters(text, bits, ends))
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 15px/1.7 monospace; margin: 2em; white-space: pre-wrap; max-width: 60em; color: #000 }}
-i {{ font-style: normal; border-right: 1px solid #08c }} p {{ font-family: sans-serif }}</style>
-<p>{title}. Red: bits of surprise, up to 8. Blue lines: where patches end. Hover for numbers.</p>{body}
-"""
+def paint_svg(text, bits, ends):
+    """A picture, for a browser also a page to hover over. Red is surprise; blue ends a patch."""
+    left, top, cells = 10, 40, []
+    for c, surprise, light, end in characters(text, bits, ends):
+        width = 8 * (len(c) if c.isascii() else 1 + (unicodedata.east_asian_width(c[0]) in "WF"))
+        if left + width > 810 and c != "\n":
+            left, top = 10, top + 20
+        cells.append(f'<g transform="translate({left} {top})"><title>{surprise:.2f} bits</title>'
+                     f'<rect width="{width}" height="18" fill="rgb(255,{light},{light})"/>'
+                     f'<text y="14">{html.escape(c)}</text>'
+                     f'<path d="M{width - 0.5} 0v{18 * end}" stroke="#08c"/></g>')
+        left, top = (10, top + 20) if c == "\n" else (left + width, top)
+    cells = "".join(cells).translate({0xFFFE: "?", 0xFFFF: "?"})  # which XML does not have
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="828" height="{top + 28}" '
+            'font-family="monospace" font-size="13" xml:space="preserve">'
+            '<rect width="100%" height="100%" fill="white"/>'
+            f'<text x="10" y="25">{bits.mean():.3f} bits per byte</text>{cells}</svg>\n')
 
 
-def paint_html(text, bits, ends):
-    spans = []
-    for c, b, end in characters(text, bits, ends):
-        tag = "i" if end else "span"
-        style = "background:rgb({},{},{})".format(*shade(b))
-        spans.append(f'<{tag} style="{style}" title="{b:.2f} bits">{html.escape(c)}</{tag}>')
-    return PAGE.format(title=f"{bits.mean():.3f} bits per byte", body="".join(spans))
+# --- the command line -----------------------------------------------------------------------------
+def text_or_file(value):
+    """The bytes that a user gives as --prompt or --score: the text itself, or FILE:path."""
+    if value.startswith("FILE:"):
+        return Path(value[5:]).read_bytes()
+    return value.encode("utf-8", "surrogateescape")
 
 
-def paint_svg(text, bits, ends, columns=100):
-    """The same as a picture, for a README."""
-    x, y, shapes = 0, 0, []
-    for c, b, end in characters(text, bits, ends):
-        if c == "\n" or x + len(c) > columns:
-            x, y = 0, y + 1
-        if c == "\n":
-            continue
-        left, top, width = 8 * x + 10, 20 * y + 10, 8 * len(c)
-        shapes.append(f'<rect x="{left}" y="{top}" width="{width}" height="18" fill="rgb{shade(b)}"/>'
-                      f'<text x="{left}" y="{top + 14}" xml:space="preserve">{html.escape(c)}</text>')
-        if end:
-            shapes.append(f'<rect x="{left + width - 1}" y="{top}" width="1" height="18" fill="#08c"/>')
-        x += len(c)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{8 * columns + 20}" height="{20 * y + 40}" '
-            'font-family="monospace" font-size="13"><rect width="100%" height="100%" fill="white"/>'
-            + "".join(shapes) + "</svg>\n")
-
-
-def read_argument(value):
-    """The bytes of a --prompt or --score: the text itself, or FILE:path."""
-    if not value.startswith("FILE:"):
-        return value.encode("utf-8", "surrogateescape")
-    with open(value[5:], "rb") as file:
-        return file.read()
-
-
-def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out_dir", default="out/quick", help="a training run's folder, or a checkpoint file")
-    parser.add_argument("--prompt", help="text to go on from, or FILE:path; asked for when missing")
-    parser.add_argument("--max_new_bytes", type=int, default=300)
-    parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest byte")
-    parser.add_argument("--top_k", type=int, help="choose among the k likeliest only")
-    parser.add_argument("--top_p", type=float, help="choose among the likeliest that together have this probability")
-    parser.add_argument("--seed", type=int, help="the same seed writes the same text")
-    parser.add_argument("--score", help="text, or FILE:path, to score instead of writing")
-    parser.add_argument("--html", help="paint the scored text into this file (.svg: as a picture) instead of the terminal")
-    parser.add_argument("--block_size", type=int, help="bytes (for gpt, tokens) that the model remembers; as in training when missing")
-    parser.add_argument("--compile", action="store_true", help="for long texts: slow to begin, faster from then on")
-    parser.add_argument("--bf16", action="store_true", help="write in bf16: faster with --compile where train.py says bf16")
-    parser.add_argument("--device", default="", help="cuda, mps or cpu")
-    args = parser.parse_args()
-    if args.temperature < 0 or (args.top_k or 1) < 1 or not 0 < (args.top_p or 1) <= 1:
-        raise BadInput("expected --temperature of at least 0, --top_k of at least 1, --top_p above 0 and up to 1")
-    if (args.compile or args.bf16) and args.score is not None or args.html and args.score is None:
-        raise BadInput("expected --compile and --bf16 without --score (they are for writing), --html only with it")
-    model = load(args.out_dir, args.device, args.block_size)
-
-    if args.score is not None:
-        text = read_argument(args.score)
-        bits, ends = score(model, text)
-        if args.html:
-            with whole_file(args.html) as file:
-                paint = paint_svg if args.html.endswith(".svg") else paint_html
-                file.write(paint(text, bits, ends).encode())
-        else:
-            print(paint_terminal(text, bits, ends))
-        where = f", painted in {args.html}" if args.html else ""
-        print(f"{bits.mean():.4f} bits per byte over {len(bits):,} bytes{where}")
-        return
-
-    if args.bf16:
-        model.bfloat16()
-    if args.compile:
-        why_not = why_no_compile(model.wte.weight.device.type)
-        if why_not:
-            raise BadInput(f"--compile does not work here ({why_not}): leave it out")
-        model.compile_steps()
-
-    def write_aloud(prompt, seed):
+def write_aloud(model, prompt, num_samples, seed, **options):
+    for i in range(num_samples):
+        print("-" * 80 + "\n" if i else "", end="")
         print(printable(prompt.decode("utf-8", "replace")), end="", flush=True)
-        for piece in stream(model, prompt, args.max_new_bytes, args.temperature, args.top_k, args.top_p, seed):
+        for piece in stream(model, prompt, seed=None if seed is None else seed + i, **options):
             print(printable(piece), end="", flush=True)
         print()
 
-    if args.prompt is not None:
-        prompt = read_argument(args.prompt)
-        for i in range(args.num_samples):
-            if i:
-                print("-" * 80)
-            write_aloud(prompt, args.seed if args.seed is None else args.seed + i)
-        return
-    while True:
-        try:
-            prompt = input("prompt> ")
-        except EOFError:
-            return
-        if not prompt:
-            return
-        write_aloud(prompt.encode("utf-8", "surrogateescape"), args.seed)
+
+def main():
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    parser.add_argument("--out_dir", default="out/quick", help="of a training run; or a checkpoint")
+    task = parser.add_mutually_exclusive_group(required=sys.stdin is None)  # it is closed
+    task.add_argument("--prompt", type=text_or_file, help="text, or FILE:path, to go on from")
+    task.add_argument("--score", type=text_or_file, help="text, or FILE:path, to score instead")
+    parser.add_argument("--html", metavar="PATH", help="paint the scored text here; also PATH.svg")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu")
+    for name, (_, most, default, meaning) in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=type(most), default=default, help=meaning)
+    args = parser.parse_args()
+    options = {name: getattr(args, name) for name in NUMBERS}
+    check(**options)
+    if args.html and args.score is None:
+        raise BadInput("--html shows a scored text: expected --score too")
+    model = load(args.out_dir, args.device, options.pop("block_size"))
+
+    if args.score is not None:
+        bits, ends = score(model, args.score)
+        if args.html:
+            with whole_file(args.html) as file:  # in ASCII, which .html and .svg both understand
+                file.write(paint_svg(args.score, bits, ends).encode("ascii", "xmlcharrefreplace"))
+        else:
+            print(paint_terminal(args.score, bits, ends))
+        print(f"{bits.mean():.4f} bits per byte over {len(bits):,} bytes")
+    elif args.prompt is not None:
+        write_aloud(model, args.prompt, **options)
+    else:
+        sys.stdin.reconfigure(errors="surrogateescape")
+        with suppress(EOFError):
+            while prompt := input("prompt> "):  # until an empty line
+                write_aloud(model, text_or_file(prompt), **options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-# The rival of stlm_100m: a base transformer with GPT-2's vocabulary, the same total size, the same text a step.
+# The baseline of stlm_100m: a GPT of the same total size over GPT-2's vocabulary.
 #        python prepare.py fineweb-edu --tokenizer=gpt2 && python train.py config/gpt_100m.py
 out_dir = "out/gpt_100m"
 model = "gpt"

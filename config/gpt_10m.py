@@ -1,4 +1,4 @@
-# The rival of stlm_10m: a base transformer with GPT-2's vocabulary, the same total size, the same text a step.
+# The baseline of stlm_10m: a GPT of the same total size over GPT-2's vocabulary.
 #        python prepare.py tinystories --tokenizer=gpt2 && python train.py config/gpt_10m.py
 out_dir = "out/gpt_10m"
 model = "gpt"

@@ -1,4 +1,4 @@
-# The rival of stlm_50m: a base transformer with GPT-2's vocabulary, the same total size, the same text a step.
+# The baseline of stlm_50m: a GPT of the same total size over GPT-2's vocabulary.
 #        python prepare.py fineweb-edu --tokenizer=gpt2 && python train.py config/gpt_50m.py
 out_dir = "out/gpt_50m"
 model = "gpt"
@@ -12,6 +12,6 @@ n_head = 8
 n_embd = 512
 
 batch_size = 32
-learning_rate = 0.02  # better than 0.01 after 13 MB of novels
+learning_rate = 0.02
 eval_interval = 2000
 eval_bytes = 2_000_000

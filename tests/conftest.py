@@ -1,4 +1,6 @@
-"""What the tests share: an importable project, GPT-2's vocabulary where it is at hand, small texts and runs."""
+"""What the tests share: an importable project, GPT-2's vocabulary where there is one, small texts
+and small runs."""
+import json
 import os
 import random
 import signal
@@ -6,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from more, and pytest -n runs one test a core
+# models this small gain nothing from more threads, and pytest -n runs one test on each core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -23,12 +26,13 @@ from model import STLM, STLMConfig  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than ten seconds; leave out with -m 'not slow'")
+    slow = "slow: takes more than ten seconds; leave out with -m 'not slow'"
+    config.addinivalue_line("markers", slow)
 
 
 @pytest.fixture(scope="session")
 def gpt2():
-    """GPT-2's vocabulary; tests that need it are skipped where neither a cache nor a network has it."""
+    """GPT-2's vocabulary; tests that need it are skipped where no cache and no network has it."""
     try:
         return prepare_module.gpt2_vocab()
     except prepare_module.BadInput as error:
@@ -43,10 +47,14 @@ def keep_signal_handlers():
         signal.signal(s, handler)
 
 
-def random_model(seed=0, **sizes):
-    """A small STLM whose every parameter is random: at initialisation some are zero and would hide faults."""
-    sizes = dict(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_decoder=2, n_ngram=160) | sizes
-    model = STLM(STLMConfig(**sizes)).eval()
+SIZES = dict(block_size=64, max_patches=16, n_layer=2, n_head=2, n_embd=32, d_byte=16, n_decoder=2,
+             n_ngram=160)
+
+
+def random_model(seed=0, kind=STLM, **sizes):
+    """A small model whose every parameter is random: at initialisation some are zero and would hide
+    faults."""
+    model = kind(STLMConfig(**SIZES | sizes)).eval()
     torch.manual_seed(seed)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -56,7 +64,8 @@ def random_model(seed=0, **sizes):
 def prose(n, seed=0):
     """About n bytes of made-up text with words, code, several scripts and indentation."""
     rng = random.Random(seed)
-    words = "the a of model byte patch def return self.x = foo(bar) 3.14 naïve 日本語 \n     \n\n \t don't --- 😀".split(" ")
+    words = ("the a of model byte patch def return self.x = foo(bar) 3.14 naïve 日本語 "
+             "\n     \n\n \t don't --- 😀").split(" ")
     out = b""
     while len(out) < n:
         out += rng.choice(words).encode() + rng.choice([b" ", b" ", b"\n", b", ", b".\n    "])
@@ -84,8 +93,9 @@ def assert_one_clear_line(done, *expected):
         assert text in lines[0], lines[0]
 
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_byte=16", "--n_ngram=160", "--block_size=64", "--max_patches=0",
-        "--batch_size=4", "--eval_bytes=2000", "--log_interval=5", "--compile=false", "--sample_bytes=20"]
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--d_byte=16", "--n_ngram=160",
+        "--block_size=64", "--max_patches=0", "--batch_size=4", "--eval_bytes=2000",
+        "--log_interval=5", "--compile=false", "--sample_bytes=20"]
 
 
 @pytest.fixture
@@ -103,3 +113,7 @@ def workdir(tmp_path, monkeypatch):
 
 def read_bin(path):
     return np.fromfile(path, np.uint16)
+
+
+def read_log(out_dir):
+    return [json.loads(line) for line in open(f"{out_dir}/log.jsonl")]

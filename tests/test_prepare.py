@@ -1,15 +1,17 @@
-"""prepare.py's promises: exact round trips, whole documents, the same bytes every time, nothing half-written."""
+"""prepare.py's promises: exact round trips, an honest split, the same bytes every time, nothing
+half-written, one clear line where something is wrong."""
+import bz2
 import gzip
 import hashlib
 import json
 import lzma
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -18,54 +20,34 @@ import torch
 from conftest import ROOT, assert_one_clear_line, prose, random_model, read_bin, run_script
 
 import prepare as P
-
-SPACES, WORD = b" \t\n\v\f\r", set(range(128, 256)) | set(b"_") | {b for b in range(128) if chr(b).isalnum()}
-
-
-def slow_word_ends(text):
-    """The rule of word_ends, one byte at a time."""
-    ends, begin = [], 0
-    for i, byte in enumerate(text):
-        before_word = byte not in WORD and i + 1 < len(text) and text[i + 1] in WORD
-        space_after_other = byte in SPACES and i > 0 and text[i - 1] not in SPACES
-        end = before_word or space_after_other
-        if not end and i + 1 < len(text):  # is this where a long run is cut?
-            cut = begin + P.MAX_PATCH - 1
-            run_end = next((k for k in range(begin, len(text)) if natural_end(text, k)), len(text) - 1)
-            if run_end > cut:
-                for _ in range(3):
-                    cut -= 0x80 <= text[cut + 1] < 0xC0
-                end = i == cut
-        ends.append(end)
-        if end:
-            begin = i + 1
-    return ends
-
-
-def natural_end(text, i):
-    before_word = text[i] not in WORD and i + 1 < len(text) and text[i + 1] in WORD
-    return before_word or (text[i] in SPACES and i > 0 and text[i - 1] not in SPACES)
-
+from model import save_pretrained
 
 def random_texts(n, longest=300):
     rng = random.Random(0)
-    alphabets = [range(256), b"ab \n", b" \n\t", b"a", range(0x80, 0xC0), [0xFF, 0x20, 0x61], "日本語 ".encode(), b"x = (y)\r\n\0"]
+    alphabets = [range(256), b"ab \n", b" \n\t", b"a", range(0x80, 0xC0), [0xFF, 0x20, 0x61],
+                 "日本語 ".encode(), b"x = (y)\r\n\0"]
     for _ in range(n):
         yield bytes(rng.choices(rng.choice(alphabets), k=rng.randrange(longest)))
 
 
-def test_words_against_a_slow_loop():
-    for text in [*random_texts(300, 120), prose(2000)]:
-        expected = np.frombuffer(text, np.uint8) + 256 * (np.array(slow_word_ends(text), bool) & (np.frombuffer(text, np.uint8) != 255))
-        assert P.encode(text).tolist() == expected.tolist()
+def cut(text):
+    marked = b"".join(bytes([s & 255]) + b"\xff" * (s >= 256) for s in P.encode(text).tolist())
+    return marked.removesuffix(b"\xff").split(b"\xff")
+
+
+def test_words_against_regular_expressions():
+    for text in [*random_texts(500), prose(5000)]:
+        text = bytes(b & 0x7F for b in text)
+        marked = re.sub(rb"\W(?=\w)|(?<=\S)\s", rb"\g<0>" + b"\xff", text).removesuffix(b"\xff")
+        runs = marked.split(b"\xff")
+        assert cut(text) == [run[i : i + 16] for run in runs for i in range(0, len(run) or 1, 16)]
 
 
 def test_words_by_example():
-    cut = lambda text: P.decode(np.concatenate([[s, 0x7C] if s >= 256 else [s] for s in P.encode(text)]).astype(int))
-    assert cut(b'if x:\n    return foo("bar")  # done\n') == b'if |x:\n|    |return |foo("|bar") | # |done\n|'
-    assert cut(b"don't stop, I said") == b"don'|t |stop, |I |said"
-    assert cut(b"a" * 40) == b"a" * 16 + b"|" + b"a" * 16 + b"|" + b"a" * 8
-    assert cut("日本語テキスト".encode()).decode() == "日本語テキ|スト"  # 15 bytes: never inside a character
+    code = b'if x:\n    return foo("bar")  # done\n'
+    assert b"|".join(cut(code)) == b'if |x:\n|    |return |foo("|bar") | # |done\n'
+    assert b"|".join(cut(b"don't stop, I said")) == b"don'|t |stop, |I |said"
+    assert b"|".join(cut("日本語テキスト".encode())).decode() == "日本語テキ|スト"  # whole characters
 
 
 @pytest.mark.parametrize("patcher", ["words", "gpt2", "fixed:1", "fixed:5"])
@@ -74,12 +56,13 @@ def test_round_trip(patcher, request):
         request.getfixturevalue("gpt2")
     for text in random_texts(400):
         symbols = P.encode(text, patcher)
-        assert symbols.dtype == np.uint16 and len(symbols) == len(text) and P.SEPARATOR not in symbols
+        assert symbols.dtype == np.uint16 and len(symbols) == len(text)
+        assert P.SEPARATOR not in symbols
         assert P.decode(symbols) == text
     assert P.decode(np.append(P.encode(b"ab", patcher), P.SEPARATOR)) == b"ab"
 
 
-def test_gpt2_patches_are_tiktokens_tokens(gpt2):
+def test_gpt2_and_its_tokens(gpt2):
     import tiktoken
 
     text = prose(5000)
@@ -87,11 +70,8 @@ def test_gpt2_patches_are_tiktokens_tokens(gpt2):
     assert P.tokenize(text, gpt2).tolist() == tokens
     ends = np.flatnonzero(P.encode(text, "gpt2") >= 256) + 1
     assert ends.tolist() == np.cumsum([len(gpt2[t]) for t in tokens]).tolist()
-
-
-def test_token_round_trip(gpt2):
     for text in random_texts(200):
-        assert P.detokenize(P.tokenize(text, gpt2), gpt2) == text
+        assert P.to_text(P.tokenize(text, gpt2), gpt2) == text
 
 
 def test_bpe(tmp_path):
@@ -100,127 +80,247 @@ def test_bpe(tmp_path):
     folder = P.prepare([str(tmp_path / "a.txt")], tokenizer="bpe:400", data_dir=tmp_path)
     vocab = json.loads((folder / "vocab.json").read_text())
     assert len(vocab) <= 400 and vocab[-1] == "" and len(set(vocab)) == len(vocab)
-    assert len({v for v in vocab if len(v) == 1}) == 256
+    assert {v for v in vocab if len(v) == 1} == set(map(chr, range(256)))
     ids = np.concatenate([read_bin(folder / "train.bin"), read_bin(folder / "val.bin")])
-    assert P.detokenize(ids, vocab) == prose(30_000)
+    assert P.to_text(ids, vocab) == prose(30_000)
     assert len(ids) < 15_000  # it compresses
     for text in random_texts(100):
-        assert P.detokenize(P.tokenize(text, vocab), vocab) == text
+        assert P.to_text(P.tokenize(text, vocab), vocab) == text
+
+
+def read_documents(path):
+    ids = read_bin(path)
+    assert ids[-1] == P.SEPARATOR
+    return [P.decode(part) for part in np.split(ids, np.flatnonzero(ids == P.SEPARATOR) + 1)[:-1]]
 
 
 def test_every_kind_of_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("folder/sub")
-    texts = [b"plain\r\ntext\x01\xff\xfe", b"gz " * 9, b"xz " * 9, "json é \n".encode(), b"second line", b"deep", b"from a pipe"]
+    os.makedirs("folder/.hidden")
+    texts = [b"plain\r\ntext\x01\xff\xfe", b"gz " * 9, b"xz " * 9, "json é \n".encode(),
+             b"second line", b"deep", b"from a pipe"]
     open("folder/1.txt", "wb").write(texts[0])
-    gzip.open("folder/2.txt.gz", "wb").write(texts[1])
+    gzip.open("folder/2.txt.GZ", "wb").write(texts[1])
     lzma.open("folder/3.xz", "wb").write(texts[2])
-    open("4.jsonl", "w").write(json.dumps({"text": texts[3].decode()}) + "\n" + json.dumps({"text": "second line"}) + "\n")
+    lines = [json.dumps({"text": text}) for text in (texts[3].decode(), texts[4].decode(), None)]
+    open("4.jsonl", "w").write("\r\n".join(lines) + "\n\n")  # and no text, and a blank line
     open("folder/sub/5", "wb").write(texts[5])
     open("folder/6.empty", "wb").close()
     open("folder/7.pyc", "wb").write(b"\x61\r\r\n\0\0\0\0")  # binary: left out
-    done = run_script("prepare.py", "folder", "*.jsonl", "-", "--name=all", "--val=folder/sub", cwd=tmp_path, input="from a pipe")
+    open("folder/.hidden/8", "wb").write(b"hidden")
+    os.symlink("..", "folder/sub/loop")
+    done = run_script("prepare.py", "folder", "*.jsonl", "-", "--name=all", "--val=folder/sub",
+                      cwd=tmp_path, input="from a pipe")
     assert done.returncode == 0, done.stderr
-    train = read_bin("data/all/train.bin")
-    documents = [P.decode(part) for part in np.split(train, np.flatnonzero(train == P.SEPARATOR) + 1)[:-1]]
-    order = [0, 1, 2, None, 5, 3, 4, 6]  # folders in sorted order; the empty file is an empty document
-    assert documents == [b"" if i is None else texts[i] for i in order]
-    assert P.decode(read_bin("data/all/val.bin")) == texts[5]
+    assert done.stdout.count("left out, as they are empty: 3 ") == 1
+    documents = read_documents("data/all/train.bin")
+    assert documents == [texts[i] for i in (0, 1, 2, 5, 3, 4, 6)]  # folders in sorted order
+    assert read_documents("data/all/val.bin") == [texts[5]]
     meta = json.loads(open("data/all/meta.json").read())
     assert meta["train"]["bytes"] == sum(map(len, documents)) and meta["patcher"] == "words"
-    raw = b"".join(documents) + texts[5]
-    assert meta["sha256"] == hashlib.sha256(raw).hexdigest()
+    stored = open("data/all/train.bin", "rb").read() + open("data/all/val.bin", "rb").read()
+    assert meta["sha256"] == hashlib.sha256(stored).hexdigest()
+
+
+def test_streams(tmp_path):
+    """Standard input and process substitution, also where the text is needed twice."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a").write_bytes(prose(20_000))
+    script = f"{sys.executable} {ROOT}/prepare.py"
+    for command in (f"cat a | {script} - --name=x", f"{script} <(cat a) --name=x",
+                    f"{script} - --tokenizer=bpe:300 --name=x < a"):
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for folder in tmp_path.glob("data/*"):
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["train"]["bytes"] + meta["val"]["bytes"] == len(prose(20_000))
+    done = subprocess.run(["bash", "-c", f"{script} - <&-"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert_one_clear_line(done, "standard input is closed")
 
 
 def test_large_files_are_cut_where_nothing_straddles(tmp_path, gpt2):
-    """A file of several pieces gives the same symbols and tokens as its text in one go."""
-    text = prose(P.PIECE + 300_000)
-    (tmp_path / "big.txt").write_bytes(text)
-    for patcher in ("words", "gpt2"):
-        folder = P.prepare([str(tmp_path / "big.txt")], patcher=patcher, data_dir=tmp_path / patcher)
-        both = np.concatenate([read_bin(folder / "train.bin"), read_bin(folder / "val.bin")])
-        assert np.array_equal(both[:-1], P.encode(text, patcher))
-    text = b"x" * (3 * P.PIECE)  # no line end anywhere
-    (tmp_path / "big.txt").write_bytes(text)
-    folder = P.prepare([str(tmp_path / "big.txt")], data_dir=tmp_path)
-    assert P.decode(np.concatenate([read_bin(folder / "train.bin"), read_bin(folder / "val.bin")])) == text
+    """A document of several pieces gives the same symbols as its text in one go."""
+    paragraphs = prose(100_000) * 14, b"A word, and more.\n\n" * 100_000
+    for text in (*paragraphs, b"x" * (3 * P.PIECE), "日本語".encode() * 300_000):
+        (tmp_path / "big.txt").write_bytes(text)
+        for patcher in ("words", "gpt2") if text in paragraphs else ("words",):
+            folder = P.prepare([str(tmp_path / "big.txt")], patcher=patcher, data_dir=tmp_path)
+            parts = [read_documents(folder / f"{split}.bin") for split in ("train", "val")]
+            assert len(parts[0]) == len(parts[1]) == 1 and parts[0][0] + parts[1][0] == text
+            assert abs(len(parts[1][0]) - 0.05 * len(text)) < 100
+            for split, (part,) in zip(("train", "val"), parts):
+                ids = read_bin(folder / f"{split}.bin")
+                part.decode()  # not cut inside a character
+                if text in paragraphs:
+                    assert np.array_equal(ids[:-1], P.encode(part, patcher))
+
+
+@pytest.mark.parametrize("sizes", [
+    [30_000], [500, 60_000], [60_000, 500], [0] + [9000] * 6, [0, 20], [10], [100] * 300,
+    [5, 0, 200_000, 3], list(range(200)),
+])
+def test_the_share_held_out(sizes, tmp_path):
+    """About val_fraction of the text is held out, whatever the number and sizes of documents."""
+    for fraction in (0.05, 0.3):
+        texts = [prose(size, seed=i)[:size] for i, size in enumerate(sizes)]
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i:03}.txt").write_bytes(text)
+        folder = P.prepare([str(tmp_path / "*.txt")], "x", val_fraction=fraction, data_dir=tmp_path)
+        train, val = (read_documents(folder / f"{split}.bin") for split in ("train", "val"))
+        held_out = sum(map(len, val))
+        assert abs(held_out - fraction * sum(sizes)) < max(1, 0.15 * fraction * sum(sizes), 60)
+        assert held_out + sum(map(len, train)) == sum(sizes)
+        assert len(set(train + val) - set(texts)) <= 2  # one document is in two parts
 
 
 def test_documents_stay_whole_and_copies_stay_together(tmp_path):
-    lines = [json.dumps({"text": f"document {i} " * 20}) for i in range(400)]
-    (tmp_path / "d.jsonl").write_text("\n".join(lines + lines) + "\n")
+    texts = [f"document {i} " * 20 for i in range(400)]
+    lines = [json.dumps({"text": text}) for text in texts + texts]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
     folder = P.prepare([str(tmp_path / "d.jsonl")], val_fraction=0.2, data_dir=tmp_path)
-    sides = []
-    for split in ("train", "val"):
-        ids = read_bin(folder / f"{split}.bin")
-        assert ids[-1] == P.SEPARATOR
-        sides.append([P.decode(part) for part in np.split(ids, np.flatnonzero(ids == P.SEPARATOR) + 1)[:-1]])
-    assert not set(sides[0]) & set(sides[1])
-    assert sorted(sides[0] + sides[1]) == sorted(json.loads(line)["text"].encode() for line in lines + lines)
-    assert 0.1 < len(sides[1]) / 800 < 0.3
+    train, val = (read_documents(folder / f"{split}.bin") for split in ("train", "val"))
+    assert not set(train) & set(val)
+    parts = [part.decode() for part in train + val]
+    assert all(parts.count(part) == 2 for part in parts)
+    whole = set(parts) & set(texts)
+    cut = set(parts) - whole  # one document, its beginning and its end
+    assert whole | {a + b for a in cut for b in cut if a + b in texts} == set(texts)
+    assert len(cut) in (0, 2)
+    assert abs(sum(map(len, val)) / sum(map(len, train + val)) - 0.2) < 0.001
 
 
 def test_same_input_same_bytes(tmp_path):
     (tmp_path / "a.txt").write_bytes(prose(5000))
-    hashes = set()
-    for name in ("one", "two"):
-        folder = P.prepare([str(tmp_path / "a.txt")], name=name, data_dir=tmp_path)
-        hashes.add(b"".join((folder / f).read_bytes() for f in ("train.bin", "val.bin", "meta.json")))
-    assert len(hashes) == 1
+    contents = []
+    for name, fraction in (("one", 0.05), ("two", 0.05), ("three", 0.2)):
+        text = str(tmp_path / "a.txt")
+        folder = P.prepare([text], name, val_fraction=fraction, data_dir=tmp_path)
+        contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert contents[0] == contents[1] and set(contents[0]) == {"train.bin", "val.bin", "meta.json"}
+    assert len({json.loads(files["meta.json"])["sha256"] for files in contents}) == 2
 
 
-def test_a_killed_run_leaves_the_old_data(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_leaves_the_old_data(tmp_path, how):
     (tmp_path / "a.txt").write_bytes(prose(50_000))
     folder = P.prepare([str(tmp_path / "a.txt")], name="x", data_dir=tmp_path / "data")
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    command = [sys.executable, str(ROOT / "prepare.py"), "-", "--name=x"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    for _ in range(40):
-        process.stdin.write(prose(1000) * 100)
-    process.stdin.flush()
-    temp = folder / "train.bin.tmp"
-    deadline = time.time() + 60
-    while not (temp.exists() and temp.stat().st_size) and time.time() < deadline:
-        process.stdin.write(prose(1000) * 100)
-    assert temp.stat().st_size  # it was killed while writing
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.endswith(".tmp")} == before
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "big.txt").write_bytes(prose(1000) * 60_000)
+    command = [sys.executable, str(ROOT / "prepare.py"), "big.txt", "--name=x"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    while not any(path.stat().st_size for path in folder.parent.glob(".x-*/new/train.bin")):
+        assert process.poll() is None
+    process.send_signal(how)
+    stderr = process.communicate()[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -how) and not stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    if how == signal.SIGINT:
+        assert list(folder.parent.iterdir()) == [folder]  # nothing else is left behind
+
+
+def test_two_at_once(tmp_path):
+    """The last whole one wins, and neither dies."""
+    texts = {name: (name * 300_000).encode() for name in ("ab ", "cd ")}
+    for name, text in texts.items():
+        (tmp_path / name.strip()).write_bytes(text)
+    for _ in range(3):
+        both = [subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), name.strip(),
+                                  "--name=x"], cwd=tmp_path) for name in texts]
+        assert [process.wait() for process in both] == [0, 0]
+        stored = [read_documents(tmp_path / f"data/x/{split}.bin") for split in ("train", "val")]
+        assert stored[0][0] + stored[1][0] in texts.values()
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["x"]
 
 
 def test_bad_input_gets_one_clear_line(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.txt").write_text("hello world\n" * 100)
-    (tmp_path / "bad.gz").write_bytes(b"no gzip")
-    (tmp_path / "bad.jsonl").write_text('{"txt": 1}\n')
-    (tmp_path / "short.txt").write_text("")
+    folders = ["empty", "mine", "data/other"]
+    files = {
+        "a.txt": b"hello world\n" * 100,
+        "none.txt": b"",
+        "one.txt": b"1",
+        "bad.gz": b"no gzip",
+        "bad.jsonl": b'{"text": "1"}\n{"txt": 1}\n',
+        "list.jsonl": b"[1]\n",
+        "deep.jsonl": b"[" * 100_000,
+        "short.jsonl.gz": gzip.compress(json.dumps({"text": prose(9000).decode()}).encode())[:-99],
+        "short.xz": lzma.compress(prose(9000))[:-99],
+        "packed": gzip.compress(b"hello"),
+        "a.bz2": bz2.compress(b"hello"),
+        "a.docx": b"PK\x03\x04",
+        "a.zst": b"\x28\xb5\x2f\xfd",
+        "utf16.txt": "hello".encode("utf-16"),
+        "mine/notes.txt": b"hello world\n" * 100,
+        "data/other/notes.txt": b"mine",
+    }
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     for arguments, expected in [
         (["missing.txt"], "no such input: missing.txt"),
-        (["empty"], "no file in empty"),
+        (["empty"], "too little text in empty"),
+        (["/dev/zero"], "too little text in /dev/zero"),
+        (["none.txt"], "too little text in none.txt"),
+        (["one.txt"], "too little text in one.txt"),
+        (["a.txt", "--val=none.txt"], "too little text in a.txt none.txt"),
         (["a.txt", "--patcher=syllables"], "--patcher=syllables is unknown"),
         (["a.txt", "--patcher=fixed:0"], "--patcher=fixed:0 is unknown"),
-        (["a.txt", "--tokenizer=bpe"], "--tokenizer=bpe is unknown"),
-        (["a.txt", "--tokenizer=bpe:100"], "expected N between 258 and 65535"),
+        (["a.txt", "--tokenizer=bpe"], "--tokenizer=bpe: expected bytes"),
+        (["a.txt", "--tokenizer=bpe:100"], "N = 258 to 65535"),
         (["a.txt", "--val_fraction=2"], "must lie between 0 and 1"),
+        (["a.txt", "--val_fraction=nan"], "must lie between 0 and 1"),
         (["a.txt", "--val_fractoin=0.1"], "unrecognized arguments"),
         (["a.txt", "--val_fraction=x"], "invalid float"),
         (["bad.gz"], "bad.gz"),
-        (["bad.jsonl"], "bad.jsonl line 1"),
-        (["short.txt"], "too little text"),
-        (["-", "--tokenizer=bpe:400"], "reads its input twice"),
+        (["bad.jsonl"], "bad.jsonl line or row 2"),
+        (["list.jsonl"], "list.jsonl line or row 1"),
+        (["deep.jsonl"], "deep.jsonl line or row 1"),
+        (["short.jsonl.gz"], "short.jsonl.gz"),
+        (["short.xz"], "short.xz"),
+        (["packed"], "a name that ends in .gz or .xz"),
+        (["a.bz2"], "unpack it"),
+        (["a.docx"], "unpack it"),
+        (["a.zst"], "unpack it"),
+        (["utf16.txt"], "utf16.txt is UTF-16"),
+        (["-", "-"], "given twice"),
+        (["a.txt", "--name=other"], "data/other holds more than a dataset"),
+        (["mine", "--data_dir=."], "mine holds more than a dataset"),
+        (["a.txt", "--name=.."], "holds more than a dataset"),
     ]:
         done = run_script("prepare.py", *arguments, cwd=tmp_path, input="")
         assert_one_clear_line(done, expected)
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+    assert os.listdir(tmp_path / "data") == ["other"]  # nothing is left behind
 
 
-def test_datasets_that_need_a_network_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(P, "SHAKESPEARE", ("http://127.0.0.1:9/input.txt", ""))  # nothing listens there
-    with pytest.raises(P.BadInput, match="could not be downloaded.*--dataset=stdlib.*your own text"):
-        P.prepare(["shakespeare"], data_dir=tmp_path)
+@pytest.mark.parametrize("text, shown", [
+    ("a\u3000b\u00a0c\u202fd\u200de\r\nf\tg 日本 é\u0301", None),
+    ("\x1b[2J\x07\x00\x7f\x9b", r"\x1b[2J\x07\x00\x7f\x9b"),
+    ("a\rb\r\n\r\r", "a\\rb\r\n\\r\r"),
+    ("\u202eevil\u2066\u2069", r"\u202eevil\u2066\u2069"),
+])
+def test_printable(text, shown):
+    assert P.printable(text) == (text if shown is None else shown)
+
+
+def test_whole_file(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    with P.whole_file(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+    with pytest.raises(KeyError), P.whole_file(tmp_path / "real") as file:
+        raise KeyError
+    assert (tmp_path / "real").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2
+    for refused in ("/dev/null", tmp_path):
+        with pytest.raises(P.BadInput, match="no regular file"), P.whole_file(refused):
+            pass
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """A server of files {path: bytes}, with ranges, and of what the Hugging Face hub says about a repository."""
+    """A server of files {path: bytes}, and of what the Hugging Face hub says about them."""
 
     files, asked, commit = {}, [], "0123456789" * 4
 
@@ -232,23 +332,23 @@ class Mirror(BaseHTTPRequestHandler):
         if path.startswith("/api/"):
             names = [name.split("/resolve/")[1].split("/", 1)[1] for name in self.files]
             tree = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in names]
-            about = {"id": "a/b", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
+            siblings = [{"rfilename": name} for name in names]
+            about = {"id": "a/b", "sha": self.commit, "siblings": siblings}
             body, sha = json.dumps(tree if "/tree/" in path else about).encode(), ""
         elif path in self.files:
             body = self.files[path]
             sha = hashlib.sha256(body).hexdigest()
         else:
             return self.send_error(404)
-        begin = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
         if self.command == "GET":
-            self.asked.append((path, begin))
-        self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(body) - begin))
+            self.asked.append(path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{sha}"')
         self.send_header("X-Repo-Commit", self.commit)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[begin:])
+            self.wfile.write(body)
 
     def log_message(self, *_):
         pass
@@ -264,29 +364,28 @@ def mirror():
     server.server_close()
 
 
-def test_a_download_goes_on_where_it_stopped_and_is_checked(tmp_path, monkeypatch, mirror):
+def test_a_download_is_checked_and_kept(tmp_path, monkeypatch, mirror):
     text = prose(200_000)
     Mirror.files["/input.txt"] = text
-    monkeypatch.setattr(P, "SHAKESPEARE", (f"{mirror}/input.txt", hashlib.sha256(text).hexdigest()))
-    part = tmp_path / "download" / "shakespeare.txt.part"
-    part.parent.mkdir()
-    part.write_bytes(text[:70_000])  # what a killed download left
-    folder = P.prepare(["shakespeare"], data_dir=tmp_path)
-    assert Mirror.asked == [("/input.txt", 70_000)] and not part.exists()
-    stored = b"".join(P.decode(np.fromfile(folder / f"{split}.bin", np.uint16)) for split in ("train", "val"))
-    assert stored == text
-    P.prepare(["shakespeare"], data_dir=tmp_path, patcher="fixed:4")  # not downloaded again
-    assert len(Mirror.asked) == 1
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    address = (f"{mirror}/input.txt", hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(P, "SHAKESPEARE", address)
+    folder = P.prepare(["shakespeare"], data_dir=tmp_path / "data")
+    stored = [P.decode(read_bin(folder / f"{split}.bin")) for split in ("train", "val")]
+    assert b"".join(stored) == text
+    P.prepare(["shakespeare"], data_dir=tmp_path / "data", patcher="fixed:4")
+    assert len(Mirror.asked) == 1  # not downloaded again
 
-    monkeypatch.setattr(P, "SHAKESPEARE", (f"{mirror}/input.txt", "0" * 64))
-    with pytest.raises(P.BadInput, match="checksum differs"):
+    monkeypatch.setattr(P, "SHAKESPEARE", (address[0], "0" * 64))
+    expected = "could not be downloaded.*[Hh]ash.*--dataset=stdlib.*your own text"
+    with pytest.raises(P.BadInput, match=expected):
         P.prepare(["shakespeare"], data_dir=tmp_path / "other")
-    assert not list((tmp_path / "other").rglob("*shakespeare*"))
+    assert not list((tmp_path / "other").iterdir())
 
 
 @pytest.mark.parametrize("name", ["tinystories", "fineweb-edu"])
 def test_the_hubs_datasets_load_from_a_mirror(name, tmp_path, mirror):
-    """The real libraries, in a process of its own, against a server that lays the files out as the hub does."""
+    """The real libraries, in a process of their own, against a server that acts as the hub."""
     pytest.importorskip("huggingface_hub")
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")
@@ -295,60 +394,66 @@ def test_the_hubs_datasets_load_from_a_mirror(name, tmp_path, mirror):
     base = f"/datasets/{repo}/resolve/{Mirror.commit}"
     names = [pattern.replace("*", f"0000{i}-of-00002") for i in range(2 if "*" in pattern else 1)]
     for i, file in enumerate(names):
-        table = pyarrow.table({"id": list(range(len(stories)))[i :: len(names)], "text": stories[i :: len(names)]})
-        parquet.write_table(table, tmp_path / "table")
+        own = stories[i :: len(names)]
+        parquet.write_table(pyarrow.table({"id": own, "text": own}), tmp_path / "table")
         Mirror.files[f"{base}/{file}"] = (tmp_path / "table").read_bytes()
     Mirror.files[f"{base}/data/validation-0.parquet"] = b"not wanted"
 
     cache = tmp_path / "hub"
-    at_mirror = os.environ | {"HF_ENDPOINT": mirror, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
+    at_mirror = os.environ | {"HF_ENDPOINT": mirror, "HF_HOME": str(cache)}
+    at_mirror["HF_HUB_DISABLE_XET"] = "1"
     done = run_script("prepare.py", name, cwd=tmp_path, env=at_mirror)
     assert done.returncode == 0, done.stderr
     assert "a download of about" in done.stdout
-    stored = [P.decode(np.fromfile(tmp_path / "data" / name / f"{split}.bin", np.uint16)) for split in ("train", "val")]
-    expected = [story for i in range(len(names)) for story in stories[i :: len(names)]]
-    assert sum(map(len, stored)) == sum(len(story.encode()) for story in expected)
-    assert all(story.encode() in stored[0] or story.encode() in stored[1] for story in expected)
-    assert not any("validation" in path for path, _ in Mirror.asked)
+    folder = tmp_path / "data" / name
+    stored = [read_documents(folder / f"{split}.bin") for split in ("train", "val")]
+    assert sum(len(d) for d in stored[0] + stored[1]) == sum(len(s.encode()) for s in stories)
+    assert len({story.encode() for story in stories} - {*stored[0], *stored[1]}) <= 1  # cut
+    assert not any("validation" in path for path in Mirror.asked)
 
     n = len(Mirror.asked)
-    done = run_script("prepare.py", name, "--patcher=fixed:4", cwd=tmp_path, env=at_mirror | {"HF_HUB_OFFLINE": "1"})
+    offline = at_mirror | {"HF_HUB_OFFLINE": "1"}
+    done = run_script("prepare.py", name, "--patcher=fixed:4", cwd=tmp_path, env=offline)
     assert done.returncode == 0 and len(Mirror.asked) == n, done.stderr  # from its cache
-    blob = next(path for path in cache.rglob("blobs/*") if len(path.name) == 64)
-    blob.write_bytes(b"damaged" + blob.read_bytes()[7:])
-    done = run_script("prepare.py", name, "--patcher=fixed:5", cwd=tmp_path, env=at_mirror | {"HF_HUB_OFFLINE": "1"})
-    assert_one_clear_line(done, "checksum differs")
 
 
 def test_a_model_loads_from_the_hub(tmp_path, mirror):
     pytest.importorskip("huggingface_hub")
     pytest.importorskip("safetensors")
     model = random_model()
-    model.save_pretrained(tmp_path / "tiny")
+    save_pretrained(model, tmp_path / "tiny")
     for file in (tmp_path / "tiny").iterdir():
         Mirror.files[f"/someone/tiny/resolve/{Mirror.commit}/{file.name}"] = file.read_bytes()
     Mirror.files[f"/someone/tiny/resolve/{Mirror.commit}/evil.py"] = b"not wanted"
 
-    def load(name, **more):
-        code = "import sys, torch; from model import STLM; from prepare import run\n" \
-               "run(lambda: torch.save(STLM.from_pretrained(sys.argv[1]).state_dict(), 'got.pt'))"
-        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": mirror, "HF_HOME": str(tmp_path / "hub")} | more
-        return subprocess.run([sys.executable, "-c", code, name], cwd=tmp_path, env=env, capture_output=True, text=True)
+    def load(name, **more):  # in a process of its own, as the library reads its settings once
+        code = "import sys, torch; from model import from_pretrained\n" \
+               "torch.save(from_pretrained(sys.argv[1]).state_dict(), 'got.pt')"
+        env = os.environ | {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": mirror} | more
+        env["HF_HOME"] = str(tmp_path / "hub")
+        return subprocess.run([sys.executable, "-c", code, name], cwd=tmp_path, env=env).returncode
 
-    done = load("someone/tiny", HF_HUB_DISABLE_XET="1")
-    assert done.returncode == 0, done.stderr
+    assert load("someone/tiny", HF_HUB_DISABLE_XET="1") == 0
     got, expected = torch.load(tmp_path / "got.pt", weights_only=True), model.state_dict()
-    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
-    assert not any("evil" in path for path, _ in Mirror.asked)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    assert not any("evil" in path for path in Mirror.asked)
     n = len(Mirror.asked)
-    assert load("someone/tiny", HF_HUB_OFFLINE="1").returncode == 0 and len(Mirror.asked) == n  # from its cache
-    assert_one_clear_line(load("someone/other", HF_HUB_OFFLINE="1"), "someone/other is no STLM")
+    assert load("someone/tiny", HF_HUB_OFFLINE="1") == 0 and len(Mirror.asked) == n  # its cache
+    assert load("someone/other", HF_HUB_OFFLINE="1") != 0
 
 
-def test_tables_need_a_column_of_text(tmp_path):
+def test_tables(tmp_path):
+    """A column of strings; rows without text are left out, said once."""
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")
     parquet.write_table(pyarrow.table({"story": ["once"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     for file in "a.parquet", "b.parquet":
-        assert_one_clear_line(run_script("prepare.py", file, cwd=tmp_path), "expected a .parquet file with a column")
+        assert_one_clear_line(run_script("prepare.py", file, cwd=tmp_path), file, '"text"')
+    table = pyarrow.table({"text": ["once upon a time", None, "there was"]})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    done = run_script("prepare.py", "c.parquet", "--val=c.parquet", cwd=tmp_path)
+    assert done.stdout.count("left out, as they are empty: 1 ") == 2, done.stderr  # once a file
+    stored = [b"once upon a time", b"there was"]
+    assert read_documents(tmp_path / "data/c/train.bin") == stored
