@@ -85,8 +85,8 @@ def encode(text, patcher="words"):
     if patcher == "words":
         ends = word_ends(text)
     elif patcher == "gpt2":  # a patch is a token of GPT-2, the paper's choice
-        lengths = [len(gpt2_vocab()[i]) for i in tokenize(text, gpt2_vocab())]
-        ends = np.isin(np.arange(1, len(raw) + 1), np.cumsum(lengths))
+        vocab, ends = gpt2_vocab(), np.zeros(len(raw), bool)
+        ends[np.cumsum([len(vocab[i]) for i in tokenize(text, vocab)], dtype=int) - 1] = True
     elif re.fullmatch(r"fixed:[1-9]\d{0,8}", patcher):
         ends = np.arange(1, len(raw) + 1) % int(patcher[6:]) == 0
     else:
@@ -112,16 +112,22 @@ def printable(text):
 GPT2_RULE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-@lru_cache(maxsize=4)
+ENCODINGS = {}  # of vocabularies met so far, by id()
+
+
 def encoding_of(vocab):
+    if id(vocab) in ENCODINGS:
+        return ENCODINGS[id(vocab)][1]
     import tiktoken
     ranks = {token.encode("latin-1"): i for i, token in enumerate(vocab[:-1])}
-    return tiktoken.Encoding("vocab", pat_str=GPT2_RULE, mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding("", pat_str=GPT2_RULE, mergeable_ranks=ranks, special_tokens={})
+    ENCODINGS[id(vocab)] = vocab, encoding  # with vocab, so that its id() stays its own
+    return encoding
 
 
 def tokenize(text, vocab):
     """Token ids (uint16) of text (bytes). Bytes that are not UTF-8 become one token each."""
-    encoding, ids = encoding_of(tuple(vocab)), []
+    encoding, ids = encoding_of(vocab), []
     for part in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):
         if "\udc80" <= part <= "\udcff":
             ids.append([encoding.encode_single_token(part.encode("utf-8", "surrogateescape"))])
@@ -188,8 +194,8 @@ HUB = {  # name: a repository of the Hugging Face hub, and which of its files
 }
 NOT_TEXT = {  # how a file begins that is no UTF-8 text: what it is and what to do
     (b"\xff\xfe", b"\xfe\xff"): "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
-    (b"\x1f\x8b", b"\xfd7zXZ\0"): "is compressed: expected a name that ends in .gz or .xz",
-    (b"\x28\xb5\x2f\xfd", b"BZh91AY", b"PK\3\4"): "is compressed: unpack it (zstd, bunzip2, unzip)",
+    (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh91AY", b"PK\3\4"):
+        "is compressed: expected text, or a name that ends in .gz or .xz; unpack it",
 }
 
 
@@ -222,12 +228,8 @@ def known_files(name, temp):
 
 def text_files(folder):
     """The files in a folder and its subfolders, without hidden and binary ones."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from text_files(path)
-        elif path.is_file():
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}":
             no_zero_byte = np.fromfile(path, np.uint8, 4096).all()  # as in any UTF-8
             if no_zero_byte or path.suffix.lower() in (".gz", ".xz", ".parquet"):
                 yield path
@@ -422,8 +424,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
                 new.rename(target)
     for part in parts:
         print(f"{folder}/{part}.bin: {meta[part]['bytes']:,} bytes of text in "
-              f"{meta[part]['documents']:,} documents, {meta[part]['bytes_per_patch']:.2f} bytes a "
-              f"{'patch' if vocab is None else 'token'}")
+              f"{meta[part]['documents']:,} documents, {meta[part]['patches']:,} patches or tokens")
     return folder
 
 

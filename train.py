@@ -7,8 +7,7 @@ Trains an STLM, or the baseline GPT, on a dataset that prepare.py wrote.
     torchrun --nproc_per_node=8 train.py config/stlm_50m.py   # several GPUs, batch_size on each
     python train.py --help                                    # every key and what it means
 
-Writes into out_dir: ckpt.pt (the latest state), best.pt (the lowest validation loss), log.jsonl
-and loss.png.
+Writes ckpt.pt (the latest state), best.pt (the lowest validation loss), log.jsonl and loss.png.
 """
 import difflib
 import inspect
@@ -139,8 +138,7 @@ def settle(given):
         stored = {key: value for key, value in checkpoint["config"].items() if key in kept}
         differ = {key for key in stored.keys() & given if given[key] != stored[key]}
         if differ := sorted(differ - MAY_CHANGE):
-            raise BadInput(f"{', '.join(differ)} differ from {path}: leave them as they were, or "
-                           "start afresh, without --resume or --init_from")
+            raise BadInput(f"{', '.join(differ)} differ from {path}: leave them as they were there")
         cfg = Config(**stored | given)
     check(cfg)
     return cfg, model, checkpoint
@@ -230,10 +228,10 @@ def load_meta(folder):
     try:
         meta, vocab = json.loads((folder / "meta.json").read_text()), folder / "vocab.json"
         meta["vocab"] = json.loads(vocab.read_text()) if vocab.exists() else None
-        bytes_of_ids(meta["vocab"])
-        for split in meta["train"], meta["val"]:
-            assert min(split["symbols"], split["bytes"], split["bytes_per_patch"]) > 0, "no text"
-        return meta | {"patcher": meta["patcher"], "sha256": meta["sha256"]}
+        numbers = [meta[split][key] for split in ("train", "val") for key in ("symbols", "bytes")]
+        if min(numbers) < 1 or not {"patcher", "sha256"} <= meta.keys():
+            raise ValueError("numbers or keys are missing")
+        return meta
     except Exception as error:
         raise BadInput(f"{folder} is damaged ({first_line(error)}); run prepare.py again")
 
@@ -243,9 +241,8 @@ def find_data(cfg):
     folder = Path("data") / folder_name(cfg.dataset, cfg.patcher, cfg.tokenizer)
     if not (folder / "meta.json").is_file():
         if cfg.dataset not in KNOWN:
-            raise BadInput(f"no dataset in {folder}: run python prepare.py FILES "
-                           f"--name={cfg.dataset} --patcher={cfg.patcher} "
-                           f"--tokenizer={cfg.tokenizer}, or choose --dataset=stdlib")
+            raise BadInput(f"no dataset in {folder}: run prepare.py FILES --name={cfg.dataset} "
+                           f"--patcher={cfg.patcher} --tokenizer={cfg.tokenizer}")
         prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
     return folder, load_meta(folder)
 
@@ -263,7 +260,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(mean, group["momentum"]).to(self.dtype))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -333,8 +332,8 @@ def check_finite(model, loss, iteration):
     """Ends a run before a NaN or an infinity gets into a checkpoint."""
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if broken or not math.isfinite(loss):
-        raise BadInput(f"{(broken or ['the loss'])[0]} is no longer finite at iteration {iteration}"
-                       ": try lower learning rates; the checkpoints are from before")
+        what = (broken or ["the loss"])[0]
+        raise BadInput(f"{what} is not finite at iteration {iteration}: try lower learning rates")
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -366,27 +365,26 @@ def compile_model(model, loss_of, x, y):
     if on_cpu and isinstance(model, STLM):  # look-ups are faster as they are
         model.embed.forward = torch.compiler.disable(model.embed.forward)
         model.embed.ngram_rows = torch.compiler.disable(model.embed.ngram_rows)
-    # on a GPU as CUDA graphs: it runs small kernels faster than Python starts them
+    # CUDA graphs: a GPU runs small kernels faster than Python starts them
     model.compile(dynamic=False, mode=None if on_cpu else "reduce-overhead")
     started = time.perf_counter()
     try:
         loss_of(model, x, y).backward()
-        print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"compiled after {time.perf_counter() - started:.0f} s")
     except Exception as error:  # no C++ compiler, no Triton, no headers: each in its own way
         model._compiled_call_impl = None
-        print(f"compile off: {first_line(error)}", flush=True)
+        print(f"compile off: {first_line(error)}")
     model.zero_grad()
 
 
 @contextmanager
 def stop_signals():
-    """Yields a list that stays empty until Ctrl-C or SIGTERM. A second one ends the run at once,
-    but not under torchrun, which sends each on to ranks that have it already."""
+    """Yields a list that is empty until Ctrl-C or SIGTERM; a second one ends the run at once."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        if len(received) > 1 and WORLD_SIZE == 1:
+        if len(received) > 1 and WORLD_SIZE == 1:  # torchrun sends one twice
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -399,27 +397,21 @@ def stop_signals():
 
 # --- checkpoints and the log ----------------------------------------------------------------------
 def load_checkpoint(path):
-    """The model of a checkpoint and the checkpoint itself, a dict. Raises BadInput.
-
-    The file may come from a stranger: nothing in it is executed.
-    """
+    """The model of a checkpoint and the checkpoint, a dict. Nothing in the file is executed."""
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
             raise ValueError("a checksum differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        sizes = STLMConfig(**checkpoint["sizes"])
-        model = build(checkpoint["kind"], sizes, checkpoint["model"])
+        model = build(checkpoint["kind"], STLMConfig(**checkpoint["sizes"]), checkpoint["model"])
         model.text = {key: checkpoint["data"][key] for key in ("patcher", "vocab")}
         bytes_of_ids(model.text["vocab"])
         Config(**checkpoint["config"])
         return model, checkpoint
     except Exception as error:
-        raise BadInput(f"{path} is missing, damaged or no checkpoint of train.py "
-                       f"({first_line(error)})")
+        raise BadInput(f"{path} is missing, damaged or of another program ({first_line(error)})")
 
 
 def new_model(cfg, meta):
-    """The model of a configuration, for the data that meta describes."""
     sizes = STLMConfig(**{key: getattr(cfg, key) for key in SIZES})
     sizes.vocab_size = len(meta["vocab"] or range(512))
     if not sizes.max_patches:  # a tenth more than the average, in whole chunks of attention
@@ -465,8 +457,7 @@ def train(given):
     folder, meta = find_data(cfg)
     for key in ("patcher", "vocab", "sha256")[: 3 if cfg.resume else 2]:
         if checkpoint and meta[key] != checkpoint["data"][key]:
-            raise BadInput(f"{folder} is not the data of the checkpoint, {key} differs: prepare it "
-                           "as it was, or start afresh")
+            raise BadInput(f"{folder} differs from the data of the checkpoint in its {key}")
     train_data = Data(folder, "train", meta, cfg.block_size)
     val_data = Data(folder, "val", meta, cfg.block_size)
 
@@ -481,10 +472,9 @@ def train(given):
         state = SimpleNamespace(**checkpoint["state"])
         for optimizer, stored in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(stored)
-    print(f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters on {device}, "
-          f"{dtype}, OMP_WAIT_POLICY={os.getenv('OMP_WAIT_POLICY', 'active')}\n{folder}: "
-          f"{train_data.n_bytes / 1e6:.1f} MB to train on, {val_data.n_bytes / 1e6:.1f} MB to "
-          "validate on", flush=True)
+    print(f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters, {device}, "
+          f"{dtype}, OMP_WAIT_POLICY={os.getenv('OMP_WAIT_POLICY', 'active')}\n"
+          f"{folder}: {train_data.n_bytes:,} bytes to train on, {val_data.n_bytes:,} to validate")
 
     def loss_of(model, x, y):
         with autocast:
@@ -504,7 +494,7 @@ def train(given):
                             "state": vars(state)}, file)
 
     def log(text, **entry):
-        print(f"iter {state.iter:5d}  {text}", flush=True)
+        print(f"iter {state.iter:5d}  {text}")
         entry = dict(iter=state.iter, minutes=state.seconds / 60, bytes=state.bytes, **entry)
         state.log.append(entry)
         if RANK == 0:
@@ -602,6 +592,6 @@ def main():
 
 
 if __name__ == "__main__":
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout
+    sys.stdout.reconfigure(line_buffering=True)
     run(main)

@@ -172,7 +172,10 @@ def test_ngrams_reach_back_to_the_beginning_of_the_patch():
     """Without matches a byte knows the last 5 symbols and its patch so far, and nothing before."""
     model = random_model(n_ngram=4096)
     model.embed.match_up.weight.zero_()
-    embedding = lambda text: model.embed(torch.tensor([[b + 256 * (b == 32) for b in text]]))[0][0, -1]
+
+    def embedding(text):
+        return model.embed(torch.tensor([[b + 256 * (b == 32) for b in text]]))[0][0, -1]
+
     same = lambda a, b: torch.equal(embedding(a), embedding(b))
     assert same(b"one abcdefgh", b"two abcdefgh")
     assert not same(b"one abcdefgh", b"one bbcdefgh")
@@ -225,11 +228,11 @@ def generate_without_cache(model, ids, max_new):
 def test_cached_generation_equals_uncached(sizes):
     """Batches that close their patches at different times, far past block_size."""
     model = random_model(**sizes)
-    for n in 1, 5, 17, 64, 200:
-        for rate in 0.25, 0.0, 1.0:
-            prompts = torch.stack([symbols(n, rate, seed=i) for i in range(3)])
-            expected = generate_without_cache(model, prompts, 100)
-            assert torch.equal(model.generate(prompts, 100, temperature=0), expected)
+    for n in 1, 17, 64, 200:
+        rates = enumerate((0.25, 0.5, 0, 1))
+        prompts = torch.stack([symbols(n, rate, seed=i) for i, rate in rates])
+        expected = generate_without_cache(model, prompts, 100)
+        assert torch.equal(model.generate(prompts, 100, temperature=0), expected)
 
 
 @torch.no_grad()
@@ -280,7 +283,8 @@ def test_golden_greedy_output():
     assert out.tolist() == GOLDEN
 
 
-GOLDEN = []
+GOLDEN = [452, 452, 10, 114, 409, 150, 197, 289, 45, 193, 343, 108,
+          265, 150, 507, 471, 317, 55, 446, 197, 40, 96, 226, 507]
 
 
 # --- parameters -----------------------------------------------------------------------------------
