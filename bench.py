@@ -47,7 +47,7 @@ def speed(arguments):
     jobs, cfg = [], None
     for name in names or ["config/stlm_10m.py", "config/gpt_10m.py"]:
         if name.endswith(".py"):
-            cfg, *_ = T.settle(T.parse([name, "--dataset=stdlib", *keys]))
+            cfg, _ = T.settle(T.parse([name, "--dataset=stdlib", *keys]))
         elif cfg is None or not (name == "transformers" or Path(name, "model.py").is_file()):
             raise BadInput(f"{name}: expected CONFIG.py, after it a nanoGPT folder or transformers")
         elif name == "transformers":
@@ -216,7 +216,8 @@ def save(axes, path):
 # --- where the parameters lie ---------------------------------------------------------------------
 PARTS = {  # how the names of their parameters begin
     "transformer": ("up.", "blocks.", "down."),
-    "byte layers": ("encoder.", "decoder.", "start", "query.", "embed.ngram_up", "embed.match_up"),
+    "byte layers": ("encoder.", "decoder.", "start", "ngram_query.", "embed.ngram_up.",
+                    "embed.match_up."),
     "n-grams": ("embed.ngram.",),
     "vocabulary": ("embed.byte.", "embed.place.", "wte."),
 }

@@ -17,6 +17,7 @@ pass of STLM, for B sequences of N symbols in at most P patches:
 The idea: "Super Tiny Language Models" (arXiv 2405.14159). The style: github.com/karpathy/nanoGPT.
 """
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 
@@ -33,11 +34,11 @@ HASH = 6364136223846793005  # hash([*symbols, s]) = HASH * (hash(symbols) + s + 
 class STLMConfig:
     block_size: int = 512       # bytes in a sequence (for gpt: tokens)
     vocab_size: int = 512       # symbols (for gpt: tokens)
-    max_patches: int = 128      # patches in a training sequence; 0 = measured on the data
+    max_patches: int = 128      # at most, in training; 0 = train.py sets it from the data
     n_layer: int = 4            # layers of the transformer over patches
     n_head: int = 3             # heads of its attention
     n_embd: int = 192           # its width
-    window: int = 0             # patches in a chunk: attention sees two; 0 = it sees all patches
+    window: int = 0             # chunk size: attention sees its own chunk and the last; 0 = all
     d_byte: int = 128           # width of a byte
     n_encoder: int = 1          # MLPs on each byte before pooling
     n_decoder: int = 1          # and after unpooling
@@ -47,7 +48,7 @@ class STLMConfig:
 
 # --- layers ---------------------------------------------------------------------------------------
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),))  # no learned scale: the matrix that follows can learn it
+    return F.rms_norm(x, (x.size(-1),))  # without a learned scale
 
 
 class MLP(nn.Module):
@@ -79,11 +80,11 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, window):
-    """Causal attention over q, k, v (B, n_head, T, hd). With a window, a position sees the chunk of
-    so many positions that it is in, up to itself, and the chunk before: the cost grows with T
+    """Causal attention over q, k, v (B, n_head, T, hd). With a window, T is cut into chunks of that
+    size: a position sees its own, up to itself, and the one before, so the cost grows with T
     instead of its square (local attention, as in arXiv 2004.05150)."""
     T = q.size(2)
-    if not 0 < 2 * window < T:
+    if window == 0 or T <= 2 * window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))
     k, v = (torch.cat([F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x], dim=3) for x in (k, v))
@@ -142,8 +143,8 @@ class ByteEmbedding(nn.Module):
     - the symbol itself, and its place in its patch,
     - its n-grams: the last 2, 3, 4 and 5 symbols and the patch so far, each hashed to a row of
       one narrow table (BLT, arXiv 2412.09871),
-    - its matches: the symbol that came next when the last 4 symbols, the patch so far, or that
-      with the patch before, last occurred in the sequence (lpaq, mattmahoney.net/dc).
+    - its matches: what came next in the sequence the last time that the same 4 symbols, the same
+      patch so far, or this with the patch before, occurred (lpaq, mattmahoney.net/dc).
     """
 
     def __init__(self, config):
@@ -158,19 +159,19 @@ class ByteEmbedding(nn.Module):
     def forward(self, x, cache=None):
         """Symbols (B, N) to embeddings (B, N, d_byte) and the hash of the open patch, (B, N)."""
         past = cache.append(x) if cache else F.pad(x, (MAX_NGRAM - 1, 0), value=SEPARATOR)
-        last = past.unfold(1, MAX_NGRAM, 1).flip(-1)               # (B, N, 16) newest first
-        hashes = ((last + 1) * self.powers).cumsum(-1)             # of the last 1, 2, ... 16
-        ends = (last[..., 1:] >= 256).cumsum(-1)                   # (B, N, 15) patch ends since
-        place = (ends < 1).sum(-1, keepdim=True)                   # (B, N, 1) in its patch, 0-15
-        patch = hashes.gather(-1, place)                           # of the patch so far
-        two = hashes.gather(-1, (ends < 2).sum(-1, keepdim=True))  # and of it with the one before
-        ngrams = torch.cat([hashes[..., 1:5], patch + 1], dim=-1)  # + 1: not the n-gram's row
-        keys = torch.cat([hashes[..., 3:4], patch, two], dim=-1)   # (B, N, 3)
+        last = past.unfold(1, MAX_NGRAM, 1).flip(-1)                 # (B, N, 16) newest first
+        hashes = ((last + 1) * self.powers).cumsum(-1)               # hashes of the last 1 to 16
+        n_ends = (last[..., 1:] >= 256).cumsum(-1)                   # (B, N, 15) patch ends since
+        place = (n_ends < 1).sum(-1, keepdim=True)                   # (B, N, 1) in its patch, 0-15
+        patch = hashes.gather(-1, place)                             # hash of the patch so far
+        two = hashes.gather(-1, (n_ends < 2).sum(-1, keepdim=True))  # and with the one before it
+        ngrams = torch.cat([hashes[..., 1:5], patch + 1], dim=-1)    # + 1: in rows of their own
+        keys = torch.cat([hashes[..., 3:4], patch, two], dim=-1)     # (B, N, 3)
         matches = cache.last_follower(keys, x) if cache else last_follower(keys, x)
         z = (self.byte(x) + self.place(place[..., 0])
              + self.ngram_up(self.ngram_rows(ngrams).flatten(-2))
              + self.match_up(self.byte(matches).flatten(-2)))
-        return z, torch.where(x < 256, patch[..., 0], 0)
+        return z, torch.where(x < 256, patch[..., 0], 0)  # 0 = no patch is open
 
     def ngram_rows(self, hashes):
         """The rows of the n-gram table for hashes (...): (..., d_ngram)."""
@@ -191,10 +192,10 @@ def last_follower(keys, x):
 
 
 def init_weights(model):
-    """Residual branches start at zero, so each layer begins as the identity."""
+    """What is added to a sum starts at zero, so each layer begins as the identity."""
     for name, p in model.named_parameters():
         if name.endswith(("out.weight", ".down.weight", "ngram.weight", "place.weight")):
-            nn.init.zeros_(p)
+            nn.init.zeros_(p)  # ".down" is an MLP's, not the model's own
         elif name.endswith(("byte.weight", "wte.weight")):
             nn.init.normal_(p, std=0.05)
         elif p.ndim == 2:
@@ -204,7 +205,7 @@ def init_weights(model):
 # --- the models -----------------------------------------------------------------------------------
 class LanguageModel(nn.Module):
     """The methods that STLM and GPT share; generation and saving are the last part of this file."""
-    text = None  # how the training text was cut: {"patcher": ..., "vocab": None or its tokens}
+    text = None  # how text was cut for training: {"patcher": ..., "vocab": None or its tokens}
 
     def generate(self, ids, max_new, **options):
         """The max_new ids that follow ids (B, N), (B, max_new). The options are pick()'s."""
@@ -212,9 +213,8 @@ class LanguageModel(nn.Module):
 
     def set_block_size(self, block_size):
         """Makes room for longer sequences than trained on: no weight depends on the length."""
-        c = self.config
-        max_patches = -(-c.max_patches * block_size // c.block_size)
-        self.config = replace(c, block_size=block_size, max_patches=max_patches)
+        max_patches = math.ceil(self.config.max_patches * block_size / self.config.block_size)
+        self.config = replace(self.config, block_size=block_size, max_patches=max_patches)
         self.rope = rope_table(self.config).to(self.rope)
 
 
@@ -231,19 +231,19 @@ class STLM(LanguageModel):
         self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
         self.start = nn.Parameter(torch.zeros(c.d_byte))  # received before any patch is complete
         self.decoder = ByteLayers(c.d_byte, c.n_decoder)
-        self.query = nn.Linear(c.d_byte, c.d_ngram, bias=False)
+        self.ngram_query = nn.Linear(c.d_byte, c.d_ngram, bias=False)
         self.register_buffer("rope", rope_table(c), persistent=False)
         init_weights(self)
 
     def forward(self, x, y=None, reduction="mean", cache=None):
         """Logits (B, N, 512) for symbols x (B, N), or the loss with the next symbols y (B, N), in
-        nats per symbol; y = -100 is left out, reduction is F.cross_entropy's. With y no patch
-        opens after max_patches, so that all batches have one shape."""
+        nats per symbol; y = -100 is left out, reduction is F.cross_entropy's. With y the bytes
+        after max_patches patches go on with the last one, so that all batches have one shape."""
         B, N = x.shape
-        z, open_patch = self.embed(x, cache)                 # (B, N, d_byte), (B, N)
+        z, open_hash = self.embed(x, cache)                  # (B, N, d_byte), (B, N)
         z = self.encoder(z)
 
-        # pool: the mean of z over each patch; patch P is for the bytes after the last one
+        # pool: the mean of z over each patch; what lies after P patches goes to slot P, unused
         ends = (x >= 256).long()
         n_closed = ends.cumsum(1)                            # (B, N) patches complete at each byte
         P = max(1, int(n_closed.max())) if y is None else min(self.config.max_patches, N)
@@ -262,41 +262,42 @@ class STLM(LanguageModel):
             cache.n_positions, cache.received = n_closed[:, -1], received[:, -1]
             still_open = (n_closed - ends == n_closed[:, -1:])[..., None]
             cache.total, cache.count = (z * still_open).sum(1), still_open.sum(1)
-        logits = self.decode((z + received).flatten(0, 1), open_patch.flatten())
+        logits = self.decode((z + received).flatten(0, 1), open_hash.flatten())
         if y is None:
             return logits.view(B, N, -1)
         return F.cross_entropy(logits.float(), y.flatten(), reduction=reduction)
 
     def transform(self, patches, rope, cache=None):
+        """Patches (B, P, d_byte) to what the bytes after each receive, (B, P, d_byte)."""
         h = norm(self.up(patches))  # (B, P, n_embd)
         for block in self.blocks:
             h = block(h, rope, cache)
         return self.down(norm(h))
 
-    def decode(self, z, open_patch):
-        """Logits (M, 512) for M bytes: z (M, d_byte), and the hash of the patch open at each. The
+    def decode(self, z, open_hash):
+        """Logits (M, 512) for M bytes, z (M, d_byte), and the hash of the patch open at each. The
         n-gram table is tied, too: a symbol's logit counts the row of the patch that it would make,
-        its own input if it comes. 512 rows would be slow: it is done for 16 likely symbols."""
+        its own input. For speed only the best of symbols c, c + 16, c + 32, ... for each c < 16."""
         z = self.decoder(z)
         logits = F.linear(z, self.embed.byte.weight)
-        likely = 16 * logits.unflatten(1, (32, 16)).argmax(1) + torch.arange(16, device=z.device)
-        rows = self.embed.ngram_rows(HASH * (open_patch[:, None] + likely + 1) + 1)
-        scores = (rows * self.query(z)[:, None]).sum(-1)  # (M, 16) from rows (M, 16, d_ngram)
-        return logits.scatter_add(1, likely, scores.to(logits.dtype))
+        best = 16 * logits.unflatten(1, (32, 16)).argmax(1) + torch.arange(16, device=z.device)
+        rows = self.embed.ngram_rows(HASH * (open_hash[:, None] + best + 1) + 1)  # (M, 16, d_ngram)
+        scores = (rows * self.ngram_query(z)[:, None]).sum(-1)                    # (M, 16)
+        return logits.scatter_add(1, best, scores.to(logits.dtype))
 
     def step(self, x, cache):
-        """The next symbol of each sequence, x (B,), to the logits after it, (B, 512)."""
-        z, open_patch = self.embed(x[:, None], cache)
+        """Takes the next symbol of each sequence, x (B,), to the logits after it, (B, 512)."""
+        z, open_hash = self.embed(x[:, None], cache)
         z = self.encoder(z)[:, 0]
         cache.total, cache.count = cache.total + z, cache.count + 1
-        cache.running = rows = (x >= 256).nonzero()[:, 0]
-        if len(rows):  # the transformer runs where a patch is complete, for one position
-            mean = cache.total[rows] / cache.count[rows]
-            rope = self.rope[:, cache.n_positions[rows], None, None]  # (2, rows, 1, 1, hd / 2)
-            cache.received[rows] = self.transform(mean[:, None], rope, cache)[:, 0]
-            cache.total[rows], cache.count[rows] = 0, 0
-            cache.n_positions[rows] += 1
-        return self.decode(z + cache.received, open_patch[:, 0])
+        cache.running = closing = (x >= 256).nonzero()[:, 0]
+        if len(closing):  # the transformer runs where a patch is complete, for one position
+            mean = cache.total[closing] / cache.count[closing]
+            rope = self.rope[:, cache.n_positions[closing], None, None]  # (2, closing, 1, 1, hd/2)
+            cache.received[closing] = self.transform(mean[:, None], rope, cache)[:, 0]
+            cache.total[closing], cache.count[closing] = 0, 0
+            cache.n_positions[closing] += 1
+        return self.decode(z + cache.received, open_hash[:, 0])
 
 
 class GPT(LanguageModel):
@@ -324,7 +325,7 @@ class GPT(LanguageModel):
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
 
     def step(self, x, cache):
-        """The next token of each sequence, x (B,), to the logits after it, (B, vocab_size)."""
+        """Takes the next token of each sequence, x (B,), to the logits after it, (B, V)."""
         cache.running = torch.arange(len(x), device=x.device)
         cache.n_positions[:] = cache.n
         return self(x[:, None], cache=cache)[:, 0]
@@ -332,40 +333,41 @@ class GPT(LanguageModel):
 
 # --- generation -----------------------------------------------------------------------------------
 class Cache:
-    """What generation remembers of B sequences: their symbols, past keys and values."""
+    """What generation remembers of B sequences: their symbols, past keys and values; for STLM also
+    total and count of the open patch (B, d_byte), (B, 1), and what its bytes receive."""
 
     def __init__(self, B, block_size, device):
         self.n = 0  # symbols so far, as many in each sequence
         self.symbols = torch.full((B, MAX_NGRAM - 1 + block_size), SEPARATOR, device=device)
-        self.keys = torch.zeros(B, block_size, 3, dtype=torch.long, device=device)  # of matches
+        self.match_keys = torch.zeros(B, block_size, 3, dtype=torch.long, device=device)
         self.n_positions = torch.zeros(B, dtype=torch.long, device=device)  # of the transformer
         self.running = None  # the sequences that the transformer runs on; None = on their prompts
         self.keys_values = {}  # of each layer, (2, B, n_head, block_size, hd)
 
     def append(self, x):
-        """Symbols x (B, T) behind the MAX_NGRAM - 1 before them."""
+        """Stores symbols x (B, T); returns them with the 15 before, (B, 15 + T)."""
         begin, self.n = self.n, self.n + x.size(1)
         self.symbols[:, MAX_NGRAM - 1 + begin : MAX_NGRAM - 1 + self.n] = x
         return self.symbols[:, begin : MAX_NGRAM - 1 + self.n]
 
     def last_follower(self, keys, x):
         """last_follower() for the prompt, and then for one new symbol at a time, x (B, 1)."""
-        self.keys[:, self.n - x.size(1) : self.n] = keys
+        self.match_keys[:, self.n - x.size(1) : self.n] = keys
         if self.n == x.size(1):
             return last_follower(keys, x)
         position = torch.arange(1, self.n, device=x.device)[:, None]
-        after = ((self.keys[:, : self.n - 1] == keys) * position).amax(1)  # (B, 3), 0 = none
+        after = ((self.match_keys[:, : self.n - 1] == keys) * position).amax(1)  # 0 = no match
         symbol = self.symbols.gather(1, MAX_NGRAM - 1 + after)
         return torch.where(after > 0, symbol, SEPARATOR)[:, None]
 
     def attend(self, layer, q, k, v):
         """attend() for a prompt, then for one new position: q, k, v (running, n_head, 1, hd)."""
         if self.running is None:
-            room = self.keys.size(1) - k.size(2)
+            room = self.match_keys.size(1) - k.size(2)
             self.keys_values[layer] = F.pad(torch.stack([k, v]), (0, 0, 0, room))
             return attend(q, k, v, layer.window)
         past, at = self.keys_values[layer], self.n_positions[self.running]
-        past[:, self.running, :, at] = torch.stack([k, v])[..., 0, :].transpose(0, 1)
+        past[:, self.running, :, at] = torch.stack([k, v], dim=1)[..., 0, :]  # (running, 2, ...)
         k, v = past[..., : int(at.max()) + 1, :][:, self.running]
         j = torch.arange(k.size(2), device=q.device)
         seen = j <= at[:, None]  # (running, positions)
@@ -385,7 +387,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     p = logits.softmax(-1)
     if top_p is not None:  # nucleus sampling, arXiv 1904.09751
         ranked = p.sort(descending=True).values
-        inside = ranked.cumsum(-1) - ranked < top_p  # always the likeliest
+        inside = ranked.cumsum(-1) - ranked < top_p  # the likeliest always is
         p = p * (p >= ranked.where(inside, 1).amin(-1, keepdim=True))
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
@@ -411,7 +413,6 @@ def stream(model, ids, max_new, **options):
 def save_pretrained(model, folder):
     """Writes folder/model.safetensors and folder/config.json. Needs the package safetensors."""
     from safetensors.torch import save
-
     from prepare import whole_file
     os.makedirs(folder, exist_ok=True)
     with whole_file(os.path.join(folder, "model.safetensors")) as file:
@@ -422,8 +423,7 @@ def save_pretrained(model, folder):
 
 
 def from_pretrained(name):
-    """The model in a folder of save_pretrained(), or in a repository of Hugging Face's hub. Nothing
-    in the files is executed."""
+    """The model in a folder of save_pretrained(), or in a repository of Hugging Face's hub."""
     from safetensors.torch import load_file
     if not os.path.isdir(name):
         from huggingface_hub import snapshot_download

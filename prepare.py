@@ -40,7 +40,7 @@ PIECE = 1 << 20  # bytes of text that are read and cut at a time
 
 
 class BadInput(Exception):
-    """The user can mend it: the message names the option or file, what was expected, what to do."""
+    """The user can fix it: the message names the option or file, what was expected, what to do."""
 
 
 def first_line(error):
@@ -54,7 +54,7 @@ LETTER = np.array([b >= 0x80 or chr(b).isalnum() or b == ord("_") for b in range
 
 def word_ends(text):
     """Where patches of at most MAX_PATCH bytes end: before a word that follows anything else, and
-    with the first whitespace byte that follows anything else: |x |= |foo(|bar)|."""
+    with the first whitespace byte that follows anything else: |x |= |foo(|bar)."""
     raw = np.frombuffer(text, np.uint8)
     space, letter = SPACE[raw], LETTER[raw]
     ends = np.zeros(len(raw), bool)
@@ -453,7 +453,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Runs a script. What its user can mend ends it with one line and exit code 2."""
+    """Runs a script. What its user can fix ends it with one line and exit code 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # characters that it cannot show
     try:

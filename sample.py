@@ -73,15 +73,15 @@ def document(model, text):
 
 
 @torch.no_grad()
-def decide_last_flag(model, ids, generator):
+def decide_last_flag(model, ids, **options):
     """Lets the model decide whether the last byte of a prompt ends its patch: the rule that cut the
     training text may depend on what follows, and here nothing does yet."""
     byte = int(ids[-1]) % 256
-    if isinstance(model, GPT) or byte == 0xFF:  # which never ends a patch
+    if isinstance(model, GPT) or byte == 0xFF:  # tokens have no flag, and 0xFF never has it
         return ids
     open_or_closed = torch.tensor([byte, byte + 256], device=ids.device)
     logits = model(ids[None, -1 - model.config.block_size : -1])[:, -1, open_or_closed]  # (1, 2)
-    return torch.cat([ids[:-1], open_or_closed[pick(logits, generator=generator)]])
+    return torch.cat([ids[:-1], open_or_closed[pick(logits, **options)]])
 
 
 def stream(model, prompt, max_new_bytes=300, temperature=0.8, top_k=None, top_p=None, seed=None):
@@ -90,14 +90,14 @@ def stream(model, prompt, max_new_bytes=300, temperature=0.8, top_k=None, top_p=
     check(max_new_bytes=max_new_bytes, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if not prompt:
         raise BadInput("the prompt has zero bytes: expected at least one")
-    options = dict(temperature=round(temperature, 3), top_k=top_k, top_p=top_p)  # 1e-40 overflows
     generator = torch.Generator(model.rope.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
+    options = dict(temperature=round(temperature, 3), generator=generator)  # 1e-40 would overflow
 
-    ids = decide_last_flag(model, document(model, prompt), generator)
+    ids = decide_last_flag(model, document(model, prompt), **options)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder = io.IncrementalNewlineDecoder(decoder, translate=False)  # keeps \r\n in one piece
-    for new in stream_ids(model, ids[None], max_new_bytes, generator=generator, **options):
+    for new in stream_ids(model, ids[None], max_new_bytes, top_k=top_k, top_p=top_p, **options):
         piece = to_text(new.cpu().numpy(), model.text["vocab"])
         max_new_bytes -= len(piece)
         if not piece or max_new_bytes < 0:  # no bytes: a separator
@@ -132,7 +132,7 @@ def score(model, text):
 
 
 def characters(text, bits, ends):
-    """Yields for each character of text (bytes): as what it is shown, its bits, how light it is
+    """Yields for each character of text (bytes): how it is shown, its bits, how light it is
     painted (255 for none, 0 from 8 bits on), and whether a patch ends in it."""
     i = 0
     for character in regex.findall(r"\X", text.decode("utf-8", "surrogateescape")):  # with accents

@@ -82,7 +82,7 @@ class Config(STLMConfig):  # and the sizes of the model, in model.py
     eval_interval: int = 250           # steps between evaluations, each after a checkpoint
     eval_bytes: int = 200_000          # text to score at each; the last one scores all of it
     log_interval: int = 10             # steps between lines of the log
-    sample_bytes: int = 400            # length of the sample at the end; 0 = none
+    sample_bytes: int = 400            # length of the sample at the end (gpt: tokens); 0 = none
     device: str = ""                   # cuda, mps or cpu; by default the first that is there
     compile: bool = True               # torch.compile, where it works
 
@@ -122,6 +122,8 @@ def parse(arguments):
             raise BadInput(f"unknown key {key}; did you mean {near[0]}?")
         kind, text = KEYS[key], str(value)
         try:
+            if value is True and kind is not bool:  # --key without =value
+                raise ValueError
             given[key] = dict(true=True, false=False)[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise BadInput(f"{key}={text}: expected a value of type {kind.__name__}")
@@ -129,19 +131,21 @@ def parse(arguments):
 
 
 def settle(given):
-    """The configuration of a run, and the model and checkpoint that it starts from or None."""
-    cfg, model, checkpoint = Config(**given), None, None
+    """The configuration of a run, and the checkpoint that it starts from or None."""
+    cfg, checkpoint = Config(**given), None
     path = f"{cfg.out_dir}/ckpt.pt" if cfg.resume else cfg.init_from
     if path:
-        model, checkpoint = load_checkpoint(path)
-        kept = KEYS.keys() if cfg.resume else SIZES | {"model", "patcher", "tokenizer"}
+        _, checkpoint = load_checkpoint(path)
+        kept = SIZES | {"model", "patcher", "tokenizer"}
+        if cfg.resume:
+            kept = KEYS.keys() - {"out_dir"}
         stored = {key: value for key, value in checkpoint["config"].items() if key in kept}
         differ = {key for key in stored.keys() & given if given[key] != stored[key]}
         if differ := sorted(differ - MAY_CHANGE):
             raise BadInput(f"{', '.join(differ)} differ from {path}: leave them as they were there")
         cfg = Config(**stored | given)
     check(cfg)
-    return cfg, model, checkpoint
+    return cfg, checkpoint
 
 
 def check(cfg):
@@ -200,7 +204,7 @@ class Data:
 
     def scoring_batches(self, batch_size, n_bytes=math.inf):
         """Yields x and y (batch_size, block_size): windows of about n_bytes of text, spread evenly
-        and without overlap, so that of all text every byte is a target once. y = -100 is padding.
+        and without overlap: over all text every byte is a target exactly once. y = -100 is padding.
         """
         N = self.block_size
         n_windows = math.ceil(len(self.ids) / N)
@@ -274,7 +278,7 @@ def orthogonalize(x):
     with coefficients for three of them in the way of Polar Express (arXiv 2505.16932)."""
     if x.size(0) > x.size(1):
         return orthogonalize(x.mT).mT  # so that x @ x.mT is the smaller product
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / (1.02 * x.norm()).clamp(min=1e-7)  # safely below 1, where the polynomials diverge
     coefficients = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
     for a, b, c in coefficients:
         square = x @ x.mT
@@ -380,16 +384,16 @@ def compile_model(model, loss_of, x, y):
 @contextmanager
 def stop_signals():
     """Yields a list that is empty until Ctrl-C or SIGTERM; a second one ends the run at once."""
-    received = []
+    signals = []
 
     def receive(number, frame):
-        received.append(number)
-        if len(received) > 1 and WORLD_SIZE == 1:  # torchrun sends one twice
+        signals.append(number)
+        if len(signals) > 1 and WORLD_SIZE == 1:  # torchrun sends one twice
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -405,7 +409,9 @@ def load_checkpoint(path):
         model = build(checkpoint["kind"], STLMConfig(**checkpoint["sizes"]), checkpoint["model"])
         model.text = {key: checkpoint["data"][key] for key in ("patcher", "vocab")}
         bytes_of_ids(model.text["vocab"])
-        Config(**checkpoint["config"])
+        config = vars(Config(**checkpoint["config"]))
+        if any(type(config[key]) is not kind for key, kind in KEYS.items()):
+            raise ValueError("its config is damaged")
         return model, checkpoint
     except Exception as error:
         raise BadInput(f"{path} is missing, damaged or of another program ({first_line(error)})")
@@ -448,7 +454,7 @@ def plot(log, path):
 
 # --- training -------------------------------------------------------------------------------------
 def train(given):
-    cfg, model, checkpoint = settle(given)
+    cfg, checkpoint = settle(given)
     device = choose_device(cfg.device)
     if RANK == 0:
         find_data(cfg)  # may prepare it while the other ranks wait to be joined
@@ -464,7 +470,9 @@ def train(given):
     torch.set_float32_matmul_precision("high")
     dtype = choose_dtype(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    raw_model = (model or new_model(cfg, meta)).to(device).train()
+    raw_model = new_model(cfg, meta).to(device)
+    if checkpoint:
+        raw_model.load_state_dict(checkpoint["model"])
     optimizers = make_optimizers(raw_model, cfg, dtype)
     # iterations and seconds of training, bytes read, lowest validation loss, lines of log.jsonl
     state = SimpleNamespace(iter=0, seconds=0.0, bytes=0, best=math.inf, log=[])
@@ -502,11 +510,11 @@ def train(given):
                 file.write(json.dumps(entry) + "\n")
 
     nats, n_bytes, since = 0.0, 0, state.seconds  # since the last line of the log
-    with stop_signals() as received:
+    with stop_signals() as signals:
         while True:
             progress = max(state.iter / (cfg.max_iters or math.inf),
                            state.seconds / 60 / (cfg.max_minutes or math.inf))
-            progress, stopping = all_ranks(dist.ReduceOp.MAX, device, progress, len(received))
+            progress, stopping = all_ranks(dist.ReduceOp.MAX, device, progress, len(signals))
             done = progress >= 1
 
             # save, and evaluate
@@ -516,14 +524,16 @@ def train(given):
                 if stopping and not done:
                     print(f"stopped at iteration {state.iter}; continue with --resume")
                     break
-                n_scored = math.inf if done else cfg.eval_bytes
-                bpb = evaluate(model, val_data, cfg.batch_size, autocast, n_scored)
-                of = f" on all {val_data.n_bytes:,} bytes" if done else ""
-                log(f"val {bpb:.4f} bpb{of}", val_bpb=bpb, all_of_val=done)
+                bpb = evaluate(model, val_data, cfg.batch_size, autocast, cfg.eval_bytes)
                 if bpb < state.best:
                     state.best = bpb
                     save("best.pt")
+                if not done:
+                    log(f"val {bpb:.4f} bpb", val_bpb=bpb, all_of_val=False)
             if done:
+                bpb = evaluate(model, val_data, cfg.batch_size, autocast)
+                log(f"val {bpb:.4f} bpb on all {val_data.n_bytes:,} bytes",
+                    val_bpb=bpb, all_of_val=True)
                 break
 
             # forward and backward

@@ -196,7 +196,7 @@ def test_a_symbol_is_scored_with_the_row_it_will_receive():
     z = model.embed.byte(text.roll(-1))  # as if sure of the next symbol
     logits = model.decode(z, open_patch[0])
     scored = looked_up.pop()  # (40, 16)
-    model.query.weight.zero_()
+    model.ngram_query.weight.zero_()
     plain = model.decode(z, open_patch[0])
 
     groups = torch.stack([plain[:, group::16] for group in range(16)], dim=1)  # (40, 16, 32)
