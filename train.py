@@ -282,7 +282,8 @@ def orthogonalize(x):
     coefficients = (8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)
     for a, b, c in coefficients:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        square = torch.addmm(square, square, square, beta=b, alpha=c)
+        x = torch.addmm(x, square, x, beta=a)
     return x
 
 
