@@ -364,14 +364,12 @@ def choose_dtype(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def compile_model(model, loss_of, x, y):
+def compile_model(model, loss_of, x, y, mode=None):
     """Compiles a model by one forward and backward pass; where that fails, one line says why."""
-    on_cpu = model.rope.is_cpu
-    if on_cpu and isinstance(model, STLM):  # look-ups are faster as they are
+    if model.rope.is_cpu and isinstance(model, STLM):  # look-ups are faster as they are
         model.embed.forward = torch.compiler.disable(model.embed.forward)
         model.embed.ngram_rows = torch.compiler.disable(model.embed.ngram_rows)
-    # CUDA graphs: a GPU runs small kernels faster than Python starts them
-    model.compile(dynamic=False, mode=None if on_cpu else "reduce-overhead")
+    model.compile(dynamic=False, mode=mode)
     started = time.perf_counter()
     try:
         loss_of(model, x, y).backward()
@@ -491,7 +489,10 @@ def train(given):
 
     out = open_out_dir(cfg, state)
     if cfg.compile:
-        compile_model(raw_model, loss_of, *train_data.sequences(0, cfg.batch_size, cfg.seed))
+        x, y = train_data.sequences(0, cfg.batch_size, cfg.seed)
+        # CUDA graphs, as a GPU runs small kernels faster than Python starts them
+        graphs = device.type == "cuda" and WORLD_SIZE == cfg.grad_accum == 1
+        compile_model(raw_model, loss_of, x, y, "reduce-overhead" if graphs else None)
     model = torch.nn.parallel.DistributedDataParallel(raw_model) if WORLD_SIZE > 1 else raw_model
 
     def save(name):

@@ -119,14 +119,14 @@ def test_a_prompt_may_stop_inside_a_patch(model):
     """Whether "the" ends its patch is not known yet: the model decides, and goes on from there."""
     assert S.write(model, "the cat sa", temperature=0, max_new_bytes=5) == "t on "
     generator = torch.Generator().manual_seed(0)
-    ids = S.decide_last_flag(model, S.document(model, b"the "), generator)
+    ids = S.decide_last_flag(model, S.document(model, b"the "), generator=generator)
     assert P.decode(ids.numpy()) == b"the " and ids[-1] == ord(" ") + 256
 
     stray = S.document(model, b"the \xff")  # this byte and a flag would be a separator
     for seed in range(20):
-        assert S.decide_last_flag(model, stray, generator.manual_seed(seed)).equal(stray)
+        assert S.decide_last_flag(model, stray, generator=generator.manual_seed(seed)).equal(stray)
     long = S.document(model, b"the cat sat on the mat. " * 100)
-    assert len(S.decide_last_flag(model, long, generator)) == len(long)
+    assert len(S.decide_last_flag(model, long, generator=generator)) == len(long)
 
 
 def test_streams_whole_characters():
