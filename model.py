@@ -18,8 +18,8 @@ The idea: "Super Tiny Language Models" (arXiv 2405.14159). The style: github.com
 """
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -38,6 +38,7 @@ class STLMConfig:
     n_layer: int = 4            # layers of the transformer over patches
     n_head: int = 3             # heads of its attention
     n_embd: int = 192           # its width
+    attend_twice: bool = False  # its layers attend again after their MLP, with the same weights
     window: int = 0             # chunk size: attention sees its own chunk and the last; 0 = all
     d_byte: int = 128           # width of a byte
     n_encoder: int = 1          # MLPs on each byte before pooling
@@ -70,12 +71,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.out = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, rope, cache=None):
+    def forward(self, x, rope, cache=None, again=False):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        # q, k and v are (B, n_head, T, hd)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)
-        y = cache.attend(self, q, k, v) if cache else attend(q, k, v, self.window)
+        q, k = rotate(norm(q), rope), rotate(norm(k), rope)  # (B, n_head, T, hd)
+        y = cache.attend(self, again, q, k, v) if cache else attend(q, k, v, self.window)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -117,10 +117,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(config)
         self.mlp = MLP(config.n_embd, 4 * config.n_embd)
+        self.attend_twice = config.attend_twice
 
     def forward(self, x, rope, cache=None):
         x = x + self.attn(norm(x), rope, cache)
-        return x + self.mlp(norm(x))
+        x = x + self.mlp(norm(x))
+        if self.attend_twice:  # deeper without more parameters, the paper's weight sharing
+            x = x + self.attn(norm(x), rope, cache, again=True)
+        return x
 
 
 class ByteLayers(nn.Module):
@@ -185,8 +189,7 @@ def last_follower(keys, x):
     (B, N, M), M at each position, and symbols x (B, N) to symbols (B, N, M)."""
     keys, order = keys.sort(dim=1, stable=True)  # equal keys side by side, in their order in x
     same = F.pad(keys[:, 1:] == keys[:, :-1], (0, 0, 1, 0))
-    earlier = F.pad(order[:, :-1], (0, 0, 1, 0))
-    after = (earlier + 1).clamp(max=x.size(1) - 1)
+    after = F.pad(order[:, :-1] + 1, (0, 0, 1, 0)).clamp(max=x.size(1) - 1)
     symbol = torch.where(same, x[..., None].expand_as(keys).gather(1, after), SEPARATOR)
     return torch.zeros_like(symbol).scatter(1, order, symbol)
 
@@ -242,7 +245,6 @@ class STLM(LanguageModel):
         B, N = x.shape
         z, open_hash = self.embed(x, cache)                  # (B, N, d_byte), (B, N)
         z = self.encoder(z)
-
         # pool: the mean of z over each patch; what lies after P patches goes to slot P, unused
         ends = (x >= 256).long()
         n_closed = ends.cumsum(1)                            # (B, N) patches complete at each byte
@@ -257,7 +259,6 @@ class STLM(LanguageModel):
         # unpool: each byte receives the last complete patch, never the one that is still open
         h = torch.cat([self.start.to(h.dtype).expand(B, 1, -1), h], dim=1)     # (B, 1 + P, d_byte)
         received = h.gather(1, n_closed.clamp(max=P)[..., None].expand_as(z))  # (B, N, d_byte)
-
         if cache:  # what step() goes on from
             cache.n_positions, cache.received = n_closed[:, -1], received[:, -1]
             still_open = (n_closed - ends == n_closed[:, -1:])[..., None]
@@ -360,13 +361,13 @@ class Cache:
         symbol = self.symbols.gather(1, MAX_NGRAM - 1 + after)
         return torch.where(after > 0, symbol, SEPARATOR)[:, None]
 
-    def attend(self, layer, q, k, v):
+    def attend(self, layer, again, q, k, v):
         """attend() for a prompt, then for one new position: q, k, v (running, n_head, 1, hd)."""
         if self.running is None:
             room = self.match_keys.size(1) - k.size(2)
-            self.keys_values[layer] = F.pad(torch.stack([k, v]), (0, 0, 0, room))
+            self.keys_values[layer, again] = F.pad(torch.stack([k, v]), (0, 0, 0, room))
             return attend(q, k, v, layer.window)
-        past, at = self.keys_values[layer], self.n_positions[self.running]
+        past, at = self.keys_values[layer, again], self.n_positions[self.running]
         past[:, self.running, :, at] = torch.stack([k, v], dim=1)[..., 0, :]  # (running, 2, ...)
         k, v = past[..., : int(at.max()) + 1, :][:, self.running]
         j = torch.arange(k.size(2), device=q.device)
@@ -414,23 +415,22 @@ def save_pretrained(model, folder):
     """Writes folder/model.safetensors and folder/config.json. Needs the package safetensors."""
     from safetensors.torch import save
     from prepare import whole_file
-    os.makedirs(folder, exist_ok=True)
-    with whole_file(os.path.join(folder, "model.safetensors")) as file:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with whole_file(Path(folder, "model.safetensors")) as file:
         file.write(save(model.state_dict()))
     about = {"model": type(model).__name__, "sizes": asdict(model.config), "text": model.text}
-    with whole_file(os.path.join(folder, "config.json")) as file:
+    with whole_file(Path(folder, "config.json")) as file:
         file.write(json.dumps(about).encode())
 
 
 def from_pretrained(name):
     """The model in a folder of save_pretrained(), or in a repository of Hugging Face's hub."""
     from safetensors.torch import load_file
-    if not os.path.isdir(name):
+    if not Path(name).is_dir():
         from huggingface_hub import snapshot_download
         name = snapshot_download(name, allow_patterns=["model.safetensors", "config.json"])
-    with open(os.path.join(name, "config.json")) as file:
-        about = json.load(file)
-    weights = load_file(os.path.join(name, "model.safetensors"))
+    about = json.loads(Path(name, "config.json").read_text())
+    weights = load_file(Path(name, "model.safetensors"))
     model = build(about["model"], STLMConfig(**about["sizes"]), weights)
     model.text = about["text"]
     return model.eval()
@@ -440,7 +440,7 @@ def build(kind, config, weights):
     """The model of a kind ("STLM" or "GPT") and config with these weights; raises unless they fit.
     They may be a stranger's: no memory is taken for sizes that a file only claims."""
     kind = {"STLM": STLM, "GPT": GPT}[kind]
-    possible = all(type(n) is int and 0 <= n <= 2**20 for n in asdict(config).values())
+    possible = all(type(n) in (int, bool) and 0 <= n <= 2**20 for n in asdict(config).values())
     if not possible or config.n_layer + config.n_encoder + config.n_decoder > len(weights):
         raise ValueError("its config claims sizes that its weights do not have")
     with torch.device("meta"):  # shapes without memory

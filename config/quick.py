@@ -10,6 +10,7 @@ max_patches = 0  # as many as the data need
 n_layer = 1  # parameters do more in the n-gram table than in a second layer
 n_head = 3
 n_embd = 192
+attend_twice = True
 window = 64  # a patch sees at least the last 64, at most the last 128
 d_byte = 160
 n_decoder = 1
