@@ -223,7 +223,7 @@ def generate_without_cache(model, ids, max_new):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sizes", [{}, {"window": 3}, {"n_encoder": 2, "n_layer": 1},
+@pytest.mark.parametrize("sizes", [{}, {"window": 3, "attend_twice": True}, {"n_encoder": 2, "n_layer": 1},
                                    {"max_patches": 1}, {"block_size": 3}, {"block_size": 1}])
 def test_cached_generation_equals_uncached(sizes):
     """Batches that close their patches at different times, far past block_size."""
