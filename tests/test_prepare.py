@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -209,7 +210,9 @@ def test_a_killed_run_leaves_the_old_data(tmp_path, how):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (tmp_path / "big.txt").write_bytes(prose(1000) * 60_000)
     command = [sys.executable, str(ROOT / "prepare.py"), "big.txt", "--name=x"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    obeys_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background, too
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE,
+                               preexec_fn=obeys_ctrl_c)
     while not any(path.stat().st_size for path in folder.parent.glob(".x-*/new/train.bin")):
         assert process.poll() is None
     process.send_signal(how)

@@ -262,7 +262,7 @@ def test_the_second_ctrl_c_stops_at_once(workdir):
         finally:
             process.kill()
     assert process.returncode == 130 and b"Traceback" not in stderr
-    assert checkpoint("run/ckpt.pt")["state"]["iter"] == 5 and not Path("run/best.pt").exists()
+    assert checkpoint("run/ckpt.pt")["state"]["iter"] == 5 and not Path("run/loss.png").exists()
 
 
 # --- several ranks --------------------------------------------------------------------------------
