@@ -455,9 +455,9 @@ def plot(log, path):
 def train(given):
     cfg, checkpoint = settle(given)
     device = choose_device(cfg.device)
-    if RANK == 0:
-        find_data(cfg)  # may prepare it while the other ranks wait to be joined
     if WORLD_SIZE > 1:
+        if RANK == 0:
+            find_data(cfg)  # may prepare it while the other ranks wait to be joined
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     folder, meta = find_data(cfg)
     for key in ("patcher", "vocab", "sha256")[: 3 if cfg.resume else 2]:
@@ -549,8 +549,9 @@ def train(given):
                     loss = loss_of(model, x, y)
                     (loss / cfg.grad_accum).backward()
                 nats += loss.detach() * y.numel()
-                n_bytes += train_data.count_bytes(y)
-                state.bytes += train_data.count_bytes(y) * WORLD_SIZE  # about, with several ranks
+                n_read = train_data.count_bytes(y)
+                n_bytes += n_read
+                state.bytes += n_read * WORLD_SIZE  # about, with several ranks
             if device.type == "cpu" and not loss.isfinite():  # asking a GPU would make it wait
                 check_finite(raw_model, loss.item(), state.iter)
 
@@ -568,7 +569,8 @@ def train(given):
                 nats, n_bytes = all_ranks(dist.ReduceOp.SUM, device, float(nats), n_bytes)
             state.seconds += time.perf_counter() - started
             if at_log:
-                check_finite(raw_model, nats, state.iter)
+                if not math.isfinite(nats):
+                    check_finite(raw_model, nats, state.iter)
                 bpb, speed = nats / math.log(2) / n_bytes, n_bytes / (state.seconds - since)
                 left = state.seconds / 60 * (1 / progress - 1) if progress else 0
                 log(f"train {bpb:.3f} bpb  {speed / 1e3:.1f} KB/s  {left:.1f} min left",
