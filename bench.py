@@ -215,11 +215,10 @@ def save(axes, path):
 
 # --- where the parameters lie ---------------------------------------------------------------------
 PARTS = {  # how the names of their parameters begin
-    "transformer": ("up.", "blocks.", "down."),
-    "byte layers": ("encoder.", "decoder.", "start", "ngram_query.", "embed.ngram_up.",
-                    "embed.match_up."),
+    "transformer": ("to_patches.", "blocks.", "to_bytes."),
+    "byte layers": ("encoder.", "decoder.", "start", "ngram_query.", "embed.ngram_up."),
     "n-grams": ("embed.ngram.",),
-    "vocabulary": ("embed.byte.", "embed.place.", "wte."),
+    "vocabulary": ("embed.byte.", "embed.place.", "embed.match.", "wte."),
 }
 
 

@@ -157,7 +157,7 @@ class ByteEmbedding(nn.Module):
         self.place = nn.Embedding(MAX_NGRAM, config.d_byte)
         self.ngram = nn.Embedding(config.n_ngram, config.d_ngram)
         self.ngram_up = nn.Linear(5 * config.d_ngram, config.d_byte, bias=False)
-        self.match_up = nn.Linear(3 * config.d_byte, config.d_byte, bias=False)
+        self.match = nn.Embedding(3 * 512, config.d_byte)
         self.register_buffer("powers", torch.full((MAX_NGRAM,), HASH).cumprod(0), persistent=False)
 
     def forward(self, x, cache=None):
@@ -174,7 +174,7 @@ class ByteEmbedding(nn.Module):
         matches = cache.last_follower(keys, x) if cache else last_follower(keys, x)
         z = (self.byte(x) + self.place(place[..., 0])
              + self.ngram_up(self.ngram_rows(ngrams).flatten(-2))
-             + self.match_up(self.byte(matches).flatten(-2)))
+             + self.match(matches + 512 * torch.arange(3, device=x.device)).sum(-2))
         return z, torch.where(x < 256, patch[..., 0], 0)  # 0 = no patch is open
 
     def ngram_rows(self, hashes):
@@ -197,9 +197,9 @@ def last_follower(keys, x):
 def init_weights(model):
     """What is added to a sum starts at zero, so each layer begins as the identity."""
     for name, p in model.named_parameters():
-        if name.endswith(("out.weight", ".down.weight", "ngram.weight", "place.weight")):
-            nn.init.zeros_(p)  # ".down" is an MLP's, not the model's own
-        elif name.endswith(("byte.weight", "wte.weight")):
+        if name.endswith(("out.weight", "down.weight", "ngram.weight", "place.weight")):
+            nn.init.zeros_(p)
+        elif name.endswith(("byte.weight", "match.weight", "wte.weight")):
             nn.init.normal_(p, std=0.05)
         elif p.ndim == 2:
             nn.init.normal_(p, std=p.size(1) ** -0.5)  # keeps the scale of what comes in
@@ -212,7 +212,7 @@ class LanguageModel(nn.Module):
 
     def generate(self, ids, max_new, **options):
         """The max_new ids that follow ids (B, N), (B, max_new). The options are pick()'s."""
-        return torch.stack(list(stream(self, ids, max_new, **options)), dim=1)
+        return torch.stack(list(stream_ids(self, ids, max_new, **options)), dim=1)
 
     def set_block_size(self, block_size):
         """Makes room for longer sequences than trained on: no weight depends on the length."""
@@ -229,9 +229,9 @@ class STLM(LanguageModel):
         self.config = c = config
         self.embed = ByteEmbedding(c)
         self.encoder = ByteLayers(c.d_byte, c.n_encoder)
-        self.up = nn.Linear(c.d_byte, c.n_embd, bias=False)
+        self.to_patches = nn.Linear(c.d_byte, c.n_embd, bias=False)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.down = nn.Linear(c.n_embd, c.d_byte, bias=False)
+        self.to_bytes = nn.Linear(c.n_embd, c.d_byte, bias=False)
         self.start = nn.Parameter(torch.zeros(c.d_byte))  # received before any patch is complete
         self.decoder = ByteLayers(c.d_byte, c.n_decoder)
         self.ngram_query = nn.Linear(c.d_byte, c.d_ngram, bias=False)
@@ -270,10 +270,10 @@ class STLM(LanguageModel):
 
     def transform(self, patches, rope, cache=None):
         """Patches (B, P, d_byte) to what the bytes after each receive, (B, P, d_byte)."""
-        h = norm(self.up(patches))  # (B, P, n_embd)
+        h = norm(self.to_patches(patches))  # (B, P, n_embd)
         for block in self.blocks:
             h = block(h, rope, cache)
-        return self.down(norm(h))
+        return self.to_bytes(norm(h))
 
     def decode(self, z, open_hash):
         """Logits (M, 512) for M bytes, z (M, d_byte), and the hash of the patch open at each. The
@@ -394,7 +394,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 
 
 @torch.inference_mode()
-def stream(model, ids, max_new, **options):
+def stream_ids(model, ids, max_new, **options):
     """Yields the next id of each sequence, (B,), max_new times; ids (B, N) are the prompts, N > 0.
     A sequence that outgrows block_size goes on from its last half. The options are pick()'s."""
     block_size, cache = model.config.block_size, None

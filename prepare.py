@@ -6,8 +6,8 @@ Cuts text into patches and writes it as symbols to data/NAME/{train,val}.bin, fo
     python prepare.py shakespeare                    # or tinystories, fineweb-edu: downloads
     python prepare.py stdlib --tokenizer=bpe:4096    # token ids instead, for the baseline GPT
 
-Own text: files, folders, globs or - (standard input). .gz and .xz are unpacked; each line of a
-.jsonl and each row of a .parquet is a document, its "text"; any other file is one document.
+Own text: files, folders or - (standard input). .gz and .xz are unpacked; each line of a .jsonl and
+each row of a .parquet is a document, its "text"; any other file is one document.
 
 A byte of text becomes one symbol, byte + 256 * (this byte ends its patch), so a data file is a flat
 array of uint16 and any way of cutting text is only another flag. 0xFF + 256 follows each document.
@@ -15,7 +15,6 @@ A text byte 0xFF (there is none in UTF-8) is kept but never ends a patch, so eve
 comes back exactly.
 """
 import argparse
-import glob
 import gzip
 import hashlib
 import json
@@ -23,6 +22,7 @@ import lzma
 import os
 import re
 import sys
+import unicodedata
 import zlib
 from array import array
 from collections import Counter
@@ -48,21 +48,56 @@ def first_line(error):
 
 
 # --- patches: which bytes end one -----------------------------------------------------------------
-SPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
-LETTER = np.array([b >= 0x80 or chr(b).isalnum() or b == ord("_") for b in range(256)])
+OTHER, SPACE, LETTER, DENSE = range(4)  # kinds of characters; from DENSE on one for each script
+DENSE_SCRIPTS = {  # written without spaces: first and last character, characters to a patch
+    "Chinese": (0x3400, 0x9FFF, 1),
+    "hiragana": (0x3041, 0x309F, 2),
+    "katakana": (0x30A1, 0x30FF, 2),
+    "Thai, Lao": (0x0E00, 0x0EFF, 4),
+    "Burmese": (0x1000, 0x109F, 4),
+    "Khmer": (0x1780, 0x17FF, 4),
+}
+
+
+@lru_cache
+def kinds():
+    """The kind of each character up to U+FFFF; all after it count as U+FFFF does, as OTHER."""
+    letters = [chr(i) == "_" or unicodedata.category(chr(i))[0] in "LMN" for i in range(1 << 16)]
+    kind = np.where(letters, LETTER, OTHER)
+    for number, (first, last, _) in enumerate(DENSE_SCRIPTS.values(), DENSE):
+        part = kind[first : last + 1]
+        part[part == LETTER] = number
+    kind[0xDC80:0xDD00] = LETTER  # what Python makes of bytes that are not UTF-8
+    kind[list(b" \t\n\v\f\r")] = SPACE
+    return kind.astype(np.uint8)
 
 
 def word_ends(text):
     """Where patches of at most MAX_PATCH bytes end: before a word that follows anything else, and
-    with the first whitespace byte that follows anything else: |x |= |foo(|bar)."""
-    raw = np.frombuffer(text, np.uint8)
-    space, letter = SPACE[raw], LETTER[raw]
-    ends = np.zeros(len(raw), bool)
-    ends[:-1] = ~letter[:-1] & letter[1:]
-    ends[1:] |= space[1:] & ~space[:-1]
+    with the first whitespace byte that follows anything else: |x |= |foo(|bar). In scripts without
+    spaces every few characters are a word, and so is a change of script."""
+    points = np.frombuffer(text, np.uint8)  # one for each character
+    if not text.isascii():
+        points = text.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass")
+        points = np.frombuffer(points, np.uint32)
+    kind = kinds()[points if text.isascii() else np.minimum(points, 0xFFFF)]
+    begins = np.zeros(len(kind) + 1, bool)  # patches; the last also at the end of the text
+    begins[1:-1] = (kind[1:] >= LETTER) & (kind[1:] != kind[:-1])
+    begins[2:] |= (kind[1:] == SPACE) & (kind[:-1] != SPACE)
+    if kind.max(initial=0) >= DENSE:
+        at = np.arange(len(kind))
+        since = at - np.maximum.accumulate(at * begins[:-1])  # characters before it in its word
+        length = np.array([1] * DENSE + [n for _, _, n in DENSE_SCRIPTS.values()])[kind]
+        begins[1:-1] |= ((kind >= DENSE) & (since % length == 0))[1:]
 
-    stops = np.append(np.flatnonzero(ends) + 1, len(raw))
-    starts = np.append(0, stops[:-1])
+    stops = np.flatnonzero(begins)
+    if not text.isascii():  # from characters to bytes
+        n_bytes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+        n_bytes[(points >= 0xDC80) & (points < 0xDD00)] = 1
+        stops = np.cumsum(n_bytes)[stops - 1]
+    ends = np.zeros(len(text), bool)
+    ends[stops - 1] = True
+    starts, stops = np.append(0, stops), np.append(stops, len(text))
     long = stops - starts > MAX_PATCH
     for start, stop in zip(starts[long].tolist(), stops[long].tolist()):
         while stop - start > MAX_PATCH:
@@ -108,26 +143,21 @@ def printable(text):
 
 
 # --- tokens, for the baseline ---------------------------------------------------------------------
-# A vocabulary is a tuple of strings, id -> its bytes as latin-1. The last, "", is the separator.
+# A vocabulary is a list of strings, id -> its bytes as latin-1. The last, "", is the separator. Of
+# symbols it is None.
 GPT2_RULE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-ENCODINGS = {}  # of vocabularies met so far, by id()
-
-
+@lru_cache(maxsize=4)
 def encoding_of(vocab):
-    if id(vocab) in ENCODINGS:
-        return ENCODINGS[id(vocab)][1]
     import tiktoken
     ranks = {token.encode("latin-1"): i for i, token in enumerate(vocab[:-1])}
-    encoding = tiktoken.Encoding("", pat_str=GPT2_RULE, mergeable_ranks=ranks, special_tokens={})
-    ENCODINGS[id(vocab)] = vocab, encoding  # with vocab, so that its id() stays its own
-    return encoding
+    return tiktoken.Encoding("", pat_str=GPT2_RULE, mergeable_ranks=ranks, special_tokens={})
 
 
 def tokenize(text, vocab):
     """Token ids (uint16) of text (bytes). Bytes that are not UTF-8 become one token each."""
-    encoding, ids = encoding_of(vocab), []
+    encoding, ids = encoding_of(tuple(vocab)), []
     for part in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):
         if "\udc80" <= part <= "\udcff":
             ids.append([encoding.encode_single_token(part.encode("utf-8", "surrogateescape"))])
@@ -192,11 +222,8 @@ HUB = {  # name: a repository of the Hugging Face hub, and which of its files
     "tinystories": ("roneneldan/TinyStories", "data/train-*.parquet"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample/10BT/000_00000.parquet"),
 }
-NOT_TEXT = {  # how a file begins that is no UTF-8 text: what it is and what to do
-    (b"\xff\xfe", b"\xfe\xff"): "is UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
-    (b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh91AY", b"PK\3\4"):
-        "is compressed: expected text, or a name that ends in .gz or .xz; unpack it",
-}
+NOT_TEXT = (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh91AY",
+            b"PK\3\4", b"%PDF", b"\x89PNG", b"\xff\xd8\xff")  # how other kinds of files begin
 
 
 def download(what, get, *arguments, **options):
@@ -228,11 +255,22 @@ def known_files(name, temp):
 
 def text_files(folder):
     """The files in a folder and its subfolders, without hidden and binary ones."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "/." not in f"/{path.relative_to(folder).as_posix()}":
+    def refuse(error):
+        raise error  # a subfolder that cannot be read
+
+    n_binary = 0
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in (Path(root, name) for name in sorted(names) if name[0] != "."):
+            if not path.is_file():
+                continue
             no_zero_byte = np.fromfile(path, np.uint8, 4096).all()  # as in any UTF-8
             if no_zero_byte or path.suffix.lower() in (".gz", ".xz", ".parquet"):
                 yield path
+            else:
+                n_binary += 1
+    if n_binary:
+        print(f"left out of {folder}, as they are no text: {n_binary} files")
 
 
 def find_files(inputs, temp):
@@ -241,15 +279,14 @@ def find_files(inputs, temp):
         if name in KNOWN and not os.path.exists(name):
             yield from known_files(name, temp)
             continue
-        found = [name] if name == "-" or os.path.exists(name) else glob.glob(name, recursive=True)
-        if not found:
-            raise BadInput(f"no such input: {name}; expected files, folders, globs, - or a name of "
+        path = Path(name)
+        if name and path.is_dir():
+            yield from text_files(path)
+        elif name == "-" or path.is_file() or path.is_fifo():
+            yield path
+        else:
+            raise BadInput(f"{name}: no such file or folder; expected files, folders, - or one of "
                            + ", ".join(KNOWN))
-        for path in map(Path, sorted(found)):
-            if path.is_dir():
-                yield from text_files(path)
-            elif name == "-" or path.is_file() or path.is_fifo():
-                yield path
 
 
 def documents(path):
@@ -264,10 +301,9 @@ def documents(path):
 
     opener = gzip.open if name.endswith(".gz") else lzma.open if name.endswith(".xz") else open
     with sys.stdin.buffer if path == Path("-") else opener(path, "rb") as file:
-        for beginnings, advice in NOT_TEXT.items():
-            if file.peek(16).startswith(beginnings):
-                raise BadInput(f"{path} {advice}")
-
+        if file.peek(16).startswith(NOT_TEXT):
+            raise BadInput(f"{path} is UTF-16, compressed or no text: iconv -f UTF-16 converts it; "
+                           "unpack it, or give it a name that ends in .gz or .xz")
         if re.search(r"\.jsonl(\.gz|\.xz)?$", name):
             for line in file:
                 text = json.loads(line)["text"] if line.strip() else None
@@ -293,8 +329,8 @@ def collect(paths, file):
         except Exception as error:  # each format has its own kinds
             if isinstance(error, (BadInput, ImportError)) or getattr(error, "errno", None):
                 raise  # with errno by the operating system, such as a full disk
-            line = len(hashes) - n_before + 1
-            raise BadInput(f"{path} line or row {line}: expected a whole .gz or .xz file, a JSON "
+            number = len(hashes) - n_before + 1
+            raise BadInput(f"{path}, document {number}: expected a whole .gz or .xz file, a JSON "
                            f'object or table with a string "text" ({first_line(error)})')
     bounds = np.array(bounds)
     if n_empty := (bounds[1:] == bounds[:-1]).sum():
@@ -351,7 +387,7 @@ def folder_name(dataset, patcher="words", tokenizer="bytes"):
     return dataset if kind == "words" else f"{dataset}-{kind}".replace(":", "")
 
 
-def write(path, pieces, patcher, vocab, sha256):
+def write_ids(path, pieces, patcher, vocab, sha256):
     """Writes a data file, updates sha256 with it and returns its counts for meta.json."""
     separator, counts = np.uint16(separator_of(vocab)), Counter()
     with open(path, "wb") as file:
@@ -378,10 +414,11 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
     val_inputs = [val] if val else []
     if [*inputs, *val_inputs].count("-") > (sys.stdin is not None):
         raise BadInput("-: standard input is closed, or given twice: expected it once")
-    stem = re.sub(r"\W+", "-", Path(inputs[0]).resolve().name.split(".")[0]).strip("-")
+    stem = os.path.basename(os.path.abspath(inputs[0])).split(".")[0]
+    stem = re.sub(r"\W+", "-", stem).strip("-")
     folder = Path(data_dir) / folder_name(name or stem or "text", patcher, tokenizer)
     target = folder.resolve()  # where it leads to, if it is a link
-    ours = {"train.bin", "val.bin", "meta.json", "vocab.json"}
+    ours = {"train.bin", "val.bin", "meta.json"}
     if target.exists() and not (target.is_dir() and ours.issuperset(os.listdir(target))):
         raise BadInput(f"{folder} holds more than a dataset; expected another --name or --data_dir")
 
@@ -393,7 +430,9 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
             paths, val_paths = (list(find_files(names, temp)) for names in (inputs, val_inputs))
             begins, ends, hashes = collect(paths, file)
             if val:
-                parts = {"train": (begins, ends), "val": collect(val_paths, file)[:2]}
+                *val_bounds, val_hashes = collect(val_paths, file)
+                apart = ~np.isin(hashes, val_hashes)  # documents that are not held out
+                parts = {"train": (begins[apart], ends[apart]), "val": val_bounds}
             else:
                 middles = split(file, begins, ends, hashes, val_fraction)
                 parts = {"train": (begins, middles), "val": (middles, ends)}
@@ -410,12 +449,11 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
             for part, bounds in parts.items():
                 path = new / f"{part}.bin"
                 text = pieces(file, *bounds, path.name)
-                meta[part] = write(path, text, patcher, vocab, sha256)
+                meta[part] = write_ids(path, text, patcher, vocab, sha256)
         meta |= {"inputs": list(inputs), "val_input": val, "val_fraction": val_fraction,
-                 "patcher": patcher, "tokenizer": tokenizer, "sha256": sha256.hexdigest()}
+                 "patcher": patcher, "tokenizer": tokenizer, "sha256": sha256.hexdigest(),
+                 "vocab": vocab}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        if vocab is not None:
-            (new / "vocab.json").write_text(json.dumps(vocab))
 
         while new.exists():  # again if another run has put its folder there meanwhile
             with suppress(FileNotFoundError):
@@ -475,12 +513,12 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     parser.add_argument("inputs", nargs="*", metavar="INPUT", default=["stdlib"],
-                        help=f"files, folders, globs, - or one of {', '.join(KNOWN)}")
+                        help=f"files, folders, - or one of {', '.join(KNOWN)}")
     parser.add_argument("--name", help="for train.py's --dataset=NAME; default: the first input's")
     parser.add_argument("--patcher", default="words", help="words, gpt2 or fixed:N")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or gpt2 or bpe:N (baseline)")
     parser.add_argument("--val_fraction", type=float, default=0.05, help="share of text held out")
-    parser.add_argument("--val", metavar="PATH", help="validate on this, train on all of INPUT")
+    parser.add_argument("--val", metavar="PATH", help="validate on this, train on the rest")
     parser.add_argument("--data_dir", default="data")
     prepare(**vars(parser.parse_args()))
 

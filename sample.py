@@ -21,8 +21,7 @@ import numpy as np
 import regex
 import torch
 
-from model import GPT, from_pretrained, pick
-from model import stream as stream_ids
+from model import GPT, from_pretrained, pick, stream_ids
 from prepare import (BadInput, Parser, bytes_of_ids, first_line, printable, run, separator_of,
                      to_ids, to_text, whole_file)
 from train import choose_device, load_checkpoint
@@ -202,6 +201,8 @@ def main():
     check(**options)
     if args.html and args.score is None:
         raise BadInput("--html shows a scored text: expected --score too")
+    if args.html and not args.html.endswith((".html", ".svg")):  # it may be the text by mistake
+        raise BadInput(f"--html={args.html}: expected a name that ends in .html or .svg")
     model = load(args.out_dir, args.device, options.pop("block_size"))
 
     if args.score is not None:

@@ -19,8 +19,7 @@ import runpy
 import signal
 import sys
 import time
-import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import count
@@ -28,23 +27,17 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 
-def busy_share(seconds=0.3):
-    """How much of the machine's time other programs take; 0 where the system does not tell."""
-    try:
-        ticks = []
-        for pause in (seconds, 0):
-            ticks.append([int(n) for n in open("/proc/stat").readline().split()[1:9]])
-            time.sleep(pause)
-        user, nice, system, idle, iowait, *more = (b - a for a, b in zip(*ticks))
-        return 1 - (idle + iowait) / (user + nice + system + idle + iowait + sum(more))
-    except (OSError, ZeroDivisionError):
-        return 0.0
+def idle_seconds():
+    """Of all cores together, since the machine started."""
+    return float(Path("/proc/uptime").read_text().split()[1])
 
 
-if __name__ == "__main__" and busy_share() * os.cpu_count() > 0.5:
-    # threads that wait for one another spin: fast on an idle machine, ruinous beside another
-    # program. OpenMP reads this when torch is imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__" and os.path.exists("/proc/uptime"):
+    before, _, after = idle_seconds(), time.sleep(0.3), idle_seconds()
+    if os.cpu_count() - (after - before) / 0.3 > 0.5:  # so many cores are taken by other programs
+        # threads that wait for one another spin: fast on an idle machine, ruinous beside another
+        # program. OpenMP reads this when torch is imported
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -76,7 +69,6 @@ class Config(STLMConfig):  # and the sizes of the model, in model.py
     max_minutes: float = 0.0           # of training, without evaluation; 0 = no limit
     learning_rate: float = 0.01        # of Muon, for matrices
     adam_learning_rate: float = 0.004  # of AdamW, for tables and vectors
-    weight_decay: float = 0.0          # on matrices
     warmup: float = 0.02               # share of the run in which the learning rates rise
     cooldown: float = 0.6              # share of the run, at its end, in which they fall to zero
     eval_interval: int = 250           # steps between evaluations, each after a checkpoint
@@ -89,6 +81,7 @@ class Config(STLMConfig):  # and the sizes of the model, in model.py
 
 KEYS = {f.name: f.type for f in fields(Config) if f.name != "vocab_size"}  # the data decide that
 SIZES = {f.name for f in fields(STLMConfig)}
+OF_A_MODEL = SIZES | {"model", "patcher", "tokenizer"}
 MAY_CHANGE = {"resume", "out_dir", "dataset", "max_iters", "max_minutes", "eval_interval",
               "eval_bytes", "log_interval", "sample_bytes", "device", "compile"}  # on resume
 MAY_BE_ZERO = {"max_patches", "window", "n_encoder", "n_decoder", "seed", "max_iters",
@@ -100,11 +93,8 @@ def parse(arguments):
     values, given = {}, {}
     for argument in arguments:
         if argument in ("-h", "--help"):
-            print(f"{__doc__}\nKeys:")
-            source = inspect.getsource(STLMConfig) + inspect.getsource(Config)
-            for key, default, text in re.findall(r"\n    (\w+): \w+ = (\S+) *#? *(.*)", source):
-                if key in KEYS:
-                    print(f"  --{key}={default}".ljust(34), text)
+            print(f"{__doc__}\nKeys, each as --key=value:")
+            print(inspect.getsource(STLMConfig), inspect.getsource(Config), sep="\n")
             sys.exit()
         elif argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
@@ -136,26 +126,19 @@ def settle(given):
     path = f"{cfg.out_dir}/ckpt.pt" if cfg.resume else cfg.init_from
     if path:
         _, checkpoint = load_checkpoint(path)
-        kept = SIZES | {"model", "patcher", "tokenizer"}
-        if cfg.resume:
-            kept = KEYS.keys() - {"out_dir"}
+        kept = KEYS.keys() - {"out_dir"} if cfg.resume else OF_A_MODEL
         stored = {key: value for key, value in checkpoint["config"].items() if key in kept}
         differ = {key for key in stored.keys() & given if given[key] != stored[key]}
         if differ := sorted(differ - MAY_CHANGE):
             raise BadInput(f"{', '.join(differ)} differ from {path}: leave them as they were there")
         cfg = Config(**stored | given)
-    check(cfg)
-    return cfg, checkpoint
 
-
-def check(cfg):
-    """Refuses what no model can be built with, or no run can do."""
     for key, kind in KEYS.items():
         value = getattr(cfg, key)
         low = 1 if kind is int and key not in MAY_BE_ZERO else 0
         high = 1 if key in ("warmup", "cooldown") else 2**20 if key in SIZES else 10**12
-        if kind in (int, float) and not low <= value <= high:
-            raise BadInput(f"{key}={value}: expected {low} to {high:,}")
+        if type(value) is not kind or kind in (int, float) and not low <= value <= high:
+            raise BadInput(f"{key}={value}: expected {low} to {high:,} ({kind.__name__})")
     if cfg.n_embd % (2 * cfg.n_head):
         raise BadInput(f"n_embd={cfg.n_embd}: expected a multiple of 2 * n_head = {2 * cfg.n_head}")
     if not (cfg.max_iters or cfg.max_minutes):
@@ -164,6 +147,7 @@ def check(cfg):
         raise BadInput(f"model={cfg.model}: expected stlm or gpt")
     if cfg.model == "stlm" and cfg.tokenizer != "bytes":
         raise BadInput(f"tokenizer={cfg.tokenizer}: expected bytes; model=gpt reads tokens")
+    return cfg, checkpoint
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -171,20 +155,15 @@ class Data:
     """One split of a dataset: a memory-mapped array of symbols (for GPT: tokens)."""
 
     def __init__(self, folder, split, meta, block_size):
-        self.path, self.block_size, n = folder / f"{split}.bin", block_size, meta[split]["symbols"]
-        if not self.path.is_file() or self.path.stat().st_size != 2 * n:
-            raise BadInput(f"{self.path}: expected {2 * n} bytes; run prepare.py again")
+        path, n = folder / f"{split}.bin", meta[split]["symbols"]
+        if not path.is_file() or path.stat().st_size != 2 * n:
+            raise BadInput(f"{path}: expected {2 * n} bytes; run prepare.py again")
         if split == "train" and n < 2 * block_size:
             raise BadInput(f"block_size={block_size}: expected at most {n // 2}, half of the data")
-        self.ids, self.n_bytes = np.memmap(self.path, np.uint16, "r"), meta[split]["bytes"]
+        self.ids, self.block_size = np.memmap(path, np.uint16, "r"), block_size
+        self.n_bytes = meta[split]["bytes"]
         self.separator = separator_of(meta["vocab"])
         self.bytes_of = torch.from_numpy(bytes_of_ids(meta["vocab"]))  # 0 for the separator
-
-    def read(self, begin, end):
-        ids = torch.from_numpy(self.ids[begin:end].astype(np.int64))
-        if ids.max() > self.separator:
-            raise BadInput(f"{self.path} is damaged, it holds {ids.max()}: run prepare.py again")
-        return ids
 
     def count_bytes(self, y):
         return int(self.bytes_of[y[y >= 0]].sum())
@@ -198,8 +177,8 @@ class Data:
         for index in range(first, first + n):
             order, offset = epoch_order(n_windows, N, seed, index // n_windows)
             begin = offset + order[index % n_windows] * N
-            rows.append(self.read(begin, begin + N + 1))
-        rows = torch.stack(rows)
+            rows.append(self.ids[begin : begin + N + 1])
+        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def scoring_batches(self, batch_size, n_bytes=math.inf):
@@ -214,7 +193,8 @@ class Data:
             x = torch.full((batch_size, N), self.separator)  # also what the first byte follows
             y = torch.full((batch_size, N), -100)
             for row, begin in enumerate(windows[i : i + batch_size] * N):
-                ids = self.read(max(0, begin - 1), begin + N)  # with the one before, if there is
+                ids = self.ids[max(0, begin - 1) : begin + N].astype(np.int64)
+                ids = torch.from_numpy(ids)  # with the one before, if there is
                 n = min(N, len(self.ids) - begin)
                 y[row, :n] = ids[-n:]
                 x[row, n - len(ids) + 1 : n] = ids[:-1]
@@ -228,15 +208,10 @@ def epoch_order(n_windows, block_size, seed, epoch):
 
 
 def load_meta(folder):
-    """The meta.json of a prepared dataset, with its vocabulary (None for symbols) as "vocab"."""
+    """What prepare.py says about the dataset in a folder, a dict."""
     try:
-        meta, vocab = json.loads((folder / "meta.json").read_text()), folder / "vocab.json"
-        meta["vocab"] = json.loads(vocab.read_text()) if vocab.exists() else None
-        numbers = [meta[split][key] for split in ("train", "val") for key in ("symbols", "bytes")]
-        if min(numbers) < 1 or not {"patcher", "sha256"} <= meta.keys():
-            raise ValueError("numbers or keys are missing")
-        return meta
-    except Exception as error:
+        return json.loads((folder / "meta.json").read_text())
+    except ValueError as error:
         raise BadInput(f"{folder} is damaged ({first_line(error)}); run prepare.py again")
 
 
@@ -248,7 +223,11 @@ def find_data(cfg):
             raise BadInput(f"no dataset in {folder}: run prepare.py FILES --name={cfg.dataset} "
                            f"--patcher={cfg.patcher} --tokenizer={cfg.tokenizer}")
         prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
-    return folder, load_meta(folder)
+    meta = load_meta(folder)
+    if folder_name(cfg.dataset, meta["patcher"], meta["tokenizer"]) != folder.name:
+        raise BadInput(f"{folder} was cut with --patcher={meta['patcher']} "
+                       f"--tokenizer={meta['tokenizer']}: expected the same here")
+    return folder, meta
 
 
 # --- optimizers -----------------------------------------------------------------------------------
@@ -256,8 +235,8 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum made orthogonal: all directions of a matrix move equally far
     (kellerjordan.github.io/posts/muon). Unlike torch.optim.Muon it works in fp32, too."""
 
-    def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
-        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, matrices, lr, momentum=0.95, dtype=torch.float32):
+        super().__init__(matrices, dict(lr=lr, momentum=momentum))
         self.dtype = dtype
 
     @torch.no_grad()
@@ -269,7 +248,6 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p]["momentum"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalize(p.grad.lerp(mean, group["momentum"]).to(self.dtype))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
@@ -294,11 +272,8 @@ def make_optimizers(model, cfg, dtype):
     vectors = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": tables, "betas": (0.9, 0.999)},  # rows are met rarely: a longer memory
               {"params": vectors, "betas": (0.9, 0.95)}]
-    muon = Muon(matrices, cfg.learning_rate, cfg.weight_decay, dtype=dtype)
     adamw = torch.optim.AdamW(groups, cfg.adam_learning_rate, weight_decay=0, fused=True)
-    for group in muon.param_groups + adamw.param_groups:
-        group["initial_lr"] = group["lr"]
-    return [muon, adamw]
+    return [Muon(matrices, cfg.learning_rate, dtype=dtype), adamw]
 
 
 def learning_rate_scale(progress, cfg):
@@ -333,19 +308,10 @@ def all_ranks(operation, device, *numbers):
     return numbers.tolist()
 
 
-def check_finite(model, loss, iteration):
-    """Ends a run before a NaN or an infinity gets into a checkpoint."""
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if broken or not math.isfinite(loss):
-        what = (broken or ["the loss"])[0]
-        raise BadInput(f"{what} is not finite at iteration {iteration}: try lower learning rates")
-
-
 # --- the machine ----------------------------------------------------------------------------------
-def choose_device(wanted):
-    """The torch.device of that name, or by default an accelerator that is there, or the CPU."""
-    default = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    name = str(wanted or default)
+def choose_device(name):
+    """The torch.device of that name; without a name, of an accelerator or the CPU."""
+    name = name or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if name == "cuda" and WORLD_SIZE > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -402,15 +368,11 @@ def stop_signals():
 def load_checkpoint(path):
     """The model of a checkpoint and the checkpoint, a dict. Nothing in the file is executed."""
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
-            raise ValueError("a checksum differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = build(checkpoint["kind"], STLMConfig(**checkpoint["sizes"]), checkpoint["model"])
         model.text = {key: checkpoint["data"][key] for key in ("patcher", "vocab")}
         bytes_of_ids(model.text["vocab"])
-        config = vars(Config(**checkpoint["config"]))
-        if any(type(config[key]) is not kind for key, kind in KEYS.items()):
-            raise ValueError("its config is damaged")
+        Config(**checkpoint["config"])  # refuses unknown keys
         return model, checkpoint
     except Exception as error:
         raise BadInput(f"{path} is missing, damaged or of another program ({first_line(error)})")
@@ -431,6 +393,8 @@ def open_out_dir(cfg, state):
     out = Path(cfg.out_dir)
     if RANK == 0:
         if (out / "ckpt.pt").exists() and not cfg.resume:  # never over an earlier run
+            if not {"ckpt.pt", "best.pt", "log.jsonl", "loss.png"}.issuperset(os.listdir(out)):
+                raise BadInput(f"out_dir={out} holds more than a run: expected another name")
             free = next(n for n in count(1) if not os.path.lexists(f"{out}.{n}"))
             print(f"the earlier run in {out} is now in {out.rename(f'{out}.{free}')}")
         out.mkdir(parents=True, exist_ok=True)
@@ -460,7 +424,7 @@ def train(given):
             find_data(cfg)  # may prepare it while the other ranks wait to be joined
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     folder, meta = find_data(cfg)
-    for key in ("patcher", "vocab", "sha256")[: 3 if cfg.resume else 2]:
+    for key in ("vocab", "sha256")[: 2 if cfg.resume else 1]:
         if checkpoint and meta[key] != checkpoint["data"][key]:
             raise BadInput(f"{folder} differs from the data of the checkpoint in its {key}")
     train_data = Data(folder, "train", meta, cfg.block_size)
@@ -503,25 +467,35 @@ def train(given):
                             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                             "state": vars(state)}, file)
 
+    def check_finite(name, tensor):
+        if not tensor.isfinite().all():
+            raise BadInput(f"{name} is not finite at iteration {state.iter}: "
+                           "try lower learning rates")
+
     def log(text, **entry):
-        print(f"iter {state.iter:5d}  {text}")
+        with suppress(BrokenPipeError):  # whoever reads the output may be gone
+            print(f"iter {state.iter:5d}  {text}")
         entry = dict(iter=state.iter, minutes=state.seconds / 60, bytes=state.bytes, **entry)
         state.log.append(entry)
         if RANK == 0:
             with open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    nats, n_bytes, since = 0.0, 0, state.seconds  # since the last line of the log
+    nats, logged = 0.0, (state.seconds, state.bytes)  # since, and at, the last line of the log
     with stop_signals() as signals:
         while True:
             progress = max(state.iter / (cfg.max_iters or math.inf),
                            state.seconds / 60 / (cfg.max_minutes or math.inf))
             progress, stopping = all_ranks(dist.ReduceOp.MAX, device, progress, len(signals))
             done = progress >= 1
+            if done and state.log and state.log[-1].get("all_of_val"):
+                print("this run is finished; a larger --max_iters or --max_minutes continues it")
+                break
 
             # save, and evaluate
             if done or stopping or state.iter > 0 and state.iter % cfg.eval_interval == 0:
-                check_finite(raw_model, 0.0, state.iter)
+                for name, p in raw_model.named_parameters():
+                    check_finite(name, p)
                 save("ckpt.pt")  # before the evaluation: a crash there loses nothing
                 if stopping and not done:
                     print(f"stopped at iteration {state.iter}; continue with --resume")
@@ -530,12 +504,11 @@ def train(given):
                 if bpb < state.best:
                     state.best = bpb
                     save("best.pt")
-                if not done:
-                    log(f"val {bpb:.4f} bpb", val_bpb=bpb, all_of_val=False)
+                if done:
+                    bpb = evaluate(model, val_data, cfg.batch_size, autocast)
+                log(f"val {bpb:.4f} bpb" + done * " on all text", val_bpb=bpb, all_of_val=done)
             if done:
-                bpb = evaluate(model, val_data, cfg.batch_size, autocast)
-                log(f"val {bpb:.4f} bpb on all {val_data.n_bytes:,} bytes",
-                    val_bpb=bpb, all_of_val=True)
+                save("ckpt.pt")  # with what these evaluations said
                 break
 
             # forward and backward
@@ -549,33 +522,29 @@ def train(given):
                     loss = loss_of(model, x, y)
                     (loss / cfg.grad_accum).backward()
                 nats += loss.detach() * y.numel()
-                n_read = train_data.count_bytes(y)
-                n_bytes += n_read
-                state.bytes += n_read * WORLD_SIZE  # about, with several ranks
-            if device.type == "cpu" and not loss.isfinite():  # asking a GPU would make it wait
-                check_finite(raw_model, loss.item(), state.iter)
+                state.bytes += train_data.count_bytes(y) * WORLD_SIZE  # about: of other ranks, too
+            at_log = (state.iter + 1) % cfg.log_interval == 0
+            if at_log or device.type == "cpu":  # asking a GPU for a number makes it wait
+                check_finite("the loss", nats)
 
             # step
-            for optimizer in optimizers:
+            for optimizer, rate in zip(optimizers, (cfg.learning_rate, cfg.adam_learning_rate)):
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * learning_rate_scale(progress, cfg)
+                    group["lr"] = rate * learning_rate_scale(progress, cfg)
                 optimizer.step()
                 optimizer.zero_grad()
             state.iter += 1
+            state.seconds += time.perf_counter() - started
 
             # log
-            at_log = state.iter % cfg.log_interval == 0
-            if at_log:  # waits for a GPU
-                nats, n_bytes = all_ranks(dist.ReduceOp.SUM, device, float(nats), n_bytes)
-            state.seconds += time.perf_counter() - started
             if at_log:
-                if not math.isfinite(nats):
-                    check_finite(raw_model, nats, state.iter)
-                bpb, speed = nats / math.log(2) / n_bytes, n_bytes / (state.seconds - since)
+                n_bytes = max(1, state.bytes - logged[1])  # all may be separators
+                bpb = float(nats) / math.log(2) / (n_bytes / WORLD_SIZE)
+                speed = n_bytes / (state.seconds - logged[0])
                 left = state.seconds / 60 * (1 / progress - 1) if progress else 0
                 log(f"train {bpb:.3f} bpb  {speed / 1e3:.1f} KB/s  {left:.1f} min left",
                     train_bpb=bpb, bytes_per_s=speed)
-                nats, n_bytes, since = 0.0, 0, state.seconds
+                nats, logged = 0.0, (state.seconds, state.bytes)
 
     if done and RANK == 0:
         plot(state.log, out / "loss.png")
@@ -606,6 +575,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout
+    sys.stdout = open(os.devnull, "w") if RANK > 0 or not sys.stdout else sys.stdout
     sys.stdout.reconfigure(line_buffering=True)
     run(main)

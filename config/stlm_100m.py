@@ -10,7 +10,7 @@ n_layer = 13
 n_head = 12
 n_embd = 768
 d_byte = 384
-n_ngram = 211_000
+n_ngram = 201_780
 
 batch_size = 32
 eval_interval = 2000

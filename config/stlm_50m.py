@@ -10,7 +10,7 @@ n_layer = 7
 n_head = 10
 n_embd = 640
 d_byte = 320
-n_ngram = 848_400  # a quarter of the parameters
+n_ngram = 836_880  # a quarter of the parameters
 
 batch_size = 32
 learning_rate = 0.01

@@ -48,7 +48,35 @@ def test_words_by_example():
     code = b'if x:\n    return foo("bar")  # done\n'
     assert b"|".join(cut(code)) == b'if |x:\n|    |return |foo("|bar") | # |done\n'
     assert b"|".join(cut(b"don't stop, I said")) == b"don'|t |stop, |I |said"
-    assert b"|".join(cut("日本語テキスト".encode())).decode() == "日本語テキ|スト"  # whole characters
+    assert b"|".join(cut(b"x = 1_000")) == b"x |= |1_000"
+
+
+SCRIPTS = """“|Don’|t,” |said |she |— |“|stop…”
+naïve |café, |Привіт, |«|світе»!
+这|是|测|试，|你|好。|Hello|世|界
+食|べる|テキ|スト|日|本|語。　|東|京|の
+한국어 |문장이다 |यह |एक |है। |שלום
+สวัส|ดีคร|ับ |ABC|กขคง|จ
+😀👩👩👧|😀 |a😀|b"""
+
+
+@pytest.mark.parametrize("line", SCRIPTS.split("\n"))
+def test_words_of_every_script(line):
+    """Punctuation of any script is no letter; scripts without spaces get patches of one to four
+    characters; no patch ends inside a character."""
+    patches = cut(line.replace("|", "").encode())
+    assert "|".join(patch.decode() for patch in patches) == line  # decode() raises inside of one
+
+
+def test_words_of_long_runs():
+    """A run that is longer than a patch is cut between characters; bytes that are not UTF-8 come
+    back and do not change how the text around them is cut."""
+    for character in "a", "é", "한", "😀":
+        n = len(character.encode())
+        patches = cut(character.encode() * 50)
+        assert {len(patch) for patch in patches[:-1]} == {16 // n * n}
+    whole, broken = "这是一个测试，你好".encode(), b"\xe8\xbf a"
+    assert cut(whole + broken)[:4] == cut(whole)[:4]
 
 
 @pytest.mark.parametrize("patcher", ["words", "gpt2", "fixed:1", "fixed:5"])
@@ -79,7 +107,7 @@ def test_bpe(tmp_path):
     pytest.importorskip("tokenizers", reason="needs the package tokenizers")
     (tmp_path / "a.txt").write_bytes(prose(30_000))
     folder = P.prepare([str(tmp_path / "a.txt")], tokenizer="bpe:400", data_dir=tmp_path)
-    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab = json.loads((folder / "meta.json").read_text())["vocab"]
     assert len(vocab) <= 400 and vocab[-1] == "" and len(set(vocab)) == len(vocab)
     assert {v for v in vocab if len(v) == 1} == set(map(chr, range(256)))
     ids = np.concatenate([read_bin(folder / "train.bin"), read_bin(folder / "val.bin")])
@@ -111,12 +139,13 @@ def test_every_kind_of_input(tmp_path, monkeypatch):
     open("folder/7.pyc", "wb").write(b"\x61\r\r\n\0\0\0\0")  # binary: left out
     open("folder/.hidden/8", "wb").write(b"hidden")
     os.symlink("..", "folder/sub/loop")
-    done = run_script("prepare.py", "folder", "*.jsonl", "-", "--name=all", "--val=folder/sub",
+    done = run_script("prepare.py", "folder", "4.jsonl", "-", "--name=all", "--val=folder/sub",
                       cwd=tmp_path, input="from a pipe")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("left out, as they are empty: 3 ") == 1
     documents = read_documents("data/all/train.bin")
-    assert documents == [texts[i] for i in (0, 1, 2, 5, 3, 4, 6)]  # folders in sorted order
+    assert documents == [texts[i] for i in (0, 1, 2, 3, 4, 6)]  # in sorted order, 5 is held out
+    assert "left out of folder, as they are no text: 1 files" in done.stdout
     assert read_documents("data/all/val.bin") == [texts[5]]
     meta = json.loads(open("data/all/meta.json").read())
     assert meta["train"]["bytes"] == sum(map(len, documents)) and meta["patcher"] == "words"
@@ -168,7 +197,8 @@ def test_the_share_held_out(sizes, tmp_path):
         texts = [prose(size, seed=i)[:size] for i, size in enumerate(sizes)]
         for i, text in enumerate(texts):
             (tmp_path / f"{i:03}.txt").write_bytes(text)
-        folder = P.prepare([str(tmp_path / "*.txt")], "x", val_fraction=fraction, data_dir=tmp_path)
+        files = map(str, sorted(tmp_path.glob("*.txt")))
+        folder = P.prepare(list(files), "x", val_fraction=fraction, data_dir=tmp_path)
         train, val = (read_documents(folder / f"{split}.bin") for split in ("train", "val"))
         held_out = sum(map(len, val))
         assert abs(held_out - fraction * sum(sizes)) < max(1, 0.15 * fraction * sum(sizes), 60)
@@ -262,9 +292,9 @@ def test_bad_input_gets_one_clear_line(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for arguments, expected in [
-        (["missing.txt"], "no such input: missing.txt"),
+        (["missing.txt"], "missing.txt: no such file or folder"),
         (["empty"], "too little text in empty"),
-        (["/dev/zero"], "too little text in /dev/zero"),
+        (["/dev/zero"], "/dev/zero: no such file or folder"),
         (["none.txt"], "too little text in none.txt"),
         (["one.txt"], "too little text in one.txt"),
         (["a.txt", "--val=none.txt"], "too little text in a.txt none.txt"),
@@ -277,9 +307,9 @@ def test_bad_input_gets_one_clear_line(tmp_path):
         (["a.txt", "--val_fractoin=0.1"], "unrecognized arguments"),
         (["a.txt", "--val_fraction=x"], "invalid float"),
         (["bad.gz"], "bad.gz"),
-        (["bad.jsonl"], "bad.jsonl line or row 2"),
-        (["list.jsonl"], "list.jsonl line or row 1"),
-        (["deep.jsonl"], "deep.jsonl line or row 1"),
+        (["bad.jsonl"], "bad.jsonl, document 2"),
+        (["list.jsonl"], "list.jsonl, document 1"),
+        (["deep.jsonl"], "deep.jsonl, document 1"),
         (["short.jsonl.gz"], "short.jsonl.gz"),
         (["short.xz"], "short.xz"),
         (["packed"], "a name that ends in .gz or .xz"),

@@ -268,18 +268,20 @@ def test_outputs_follow_links_and_spare_devices(trained, tmp_path, monkeypatch, 
     (tmp_path / "real.html").write_text("old")
     os.symlink("real.html", "link.html")
     os.symlink("new.html", "dangling.html")
-    os.mkfifo("fifo")
-    (tmp_path / "folder").mkdir()
+    os.symlink("/dev/null", "null.html")
+    os.symlink("/dev/stdout", "stdout.html")
+    os.mkfifo("fifo.html")
+    (tmp_path / "folder.html").mkdir()
     common = [f"--out_dir={trained}/out", "--score=abc"]
     for name, target in [("link.html", "real.html"), ("dangling.html", "new.html")]:
         assert run_here([*common, f"--html={name}"], monkeypatch, capsys)[0] == 0
         assert os.path.islink(name) and (tmp_path / target).read_text().startswith("<svg")
-    for name in ("fifo", "folder", "/dev/null", "no/such/folder.html"):
+    for name in ("fifo.html", "folder.html", "null.html", "no/such/folder.html", "letter.txt"):
         code, _, err = run_here([*common, f"--html={name}"], monkeypatch, capsys)
         assert code == 2 and err.count("\n") == 1 and name in err
-    done = run_script("sample.py", *common, "--html=/dev/stdout", cwd=tmp_path)
-    assert_one_clear_line(done, "/dev/stdout")
-    assert not os.path.isfile("/dev/null") and not os.path.isfile("fifo")
+    done = run_script("sample.py", *common, "--html=stdout.html", cwd=tmp_path)
+    assert_one_clear_line(done, "stdout.html")
+    assert not os.path.isfile("/dev/null") and not os.path.isfile("fifo.html")
     assert not [name for name in os.listdir() if "tmp" in name]
 
 
