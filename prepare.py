@@ -21,6 +21,7 @@ import json
 import lzma
 import os
 import re
+import signal
 import sys
 import unicodedata
 import zlib
@@ -520,6 +521,7 @@ def main():
     parser.add_argument("--val_fraction", type=float, default=0.05, help="share of text held out")
     parser.add_argument("--val", metavar="PATH", help="validate on this, train on the rest")
     parser.add_argument("--data_dir", default="data")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lets it clean up
     prepare(**vars(parser.parse_args()))
 
 

@@ -488,12 +488,15 @@ def train(given):
                            state.seconds / 60 / (cfg.max_minutes or math.inf))
             progress, stopping = all_ranks(dist.ReduceOp.MAX, device, progress, len(signals))
             done = progress >= 1
-            if done and state.log and state.log[-1].get("all_of_val"):
+            newest = state.log[-1] if state.log else {}
+            finished = newest.get("all_of_val") and newest["iter"] == state.iter  # before --resume
+            if done and finished:
                 print("this run is finished; a larger --max_iters or --max_minutes continues it")
                 break
 
             # save, and evaluate
-            if done or stopping or state.iter > 0 and state.iter % cfg.eval_interval == 0:
+            at_eval = state.iter > 0 and state.iter % cfg.eval_interval == 0 and not finished
+            if done or stopping or at_eval:
                 for name, p in raw_model.named_parameters():
                     check_finite(name, p)
                 save("ckpt.pt")  # before the evaluation: a crash there loses nothing
@@ -561,7 +564,7 @@ def train(given):
 
 ADVICE = {"out of memory|allocate memory": "halve --batch_size and double --grad_accum",
           "gloo|nccl|[Cc]onnection": "another rank has gone: start again with --resume",
-          "PytorchStreamWriter": "is the disk full? Make room and start again with --resume"}
+          "inline_container": "is the disk full? Make room and start again with --resume"}
 
 
 def main():

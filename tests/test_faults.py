@@ -110,7 +110,7 @@ def mounted(folder, options):
 def test_full_disk(workdir):
     """A disk with room for the first checkpoint but not for the next: one line, and the first one
     is still good."""
-    with mounted("small", "size=1300000"):
+    with mounted("small", "size=2200000"):
         small_run = [*RUN, "--out_dir=small/run", "--max_iters=40"]
         done = run_script("train.py", *small_run, cwd=workdir)
         assert done.returncode == 0, done.stderr  # roomy enough

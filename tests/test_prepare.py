@@ -486,7 +486,9 @@ def test_tables(tmp_path):
         assert_one_clear_line(run_script("prepare.py", file, cwd=tmp_path), file, '"text"')
     table = pyarrow.table({"text": ["once upon a time", None, "there was"]})
     parquet.write_table(table, tmp_path / "c.parquet")
-    done = run_script("prepare.py", "c.parquet", "--val=c.parquet", cwd=tmp_path)
+    held_out = pyarrow.table({"text": ["there was", None, "an end"]})
+    parquet.write_table(held_out, tmp_path / "d.parquet")
+    done = run_script("prepare.py", "c.parquet", "--val=d.parquet", cwd=tmp_path)
     assert done.stdout.count("left out, as they are empty: 1 ") == 2, done.stderr  # once a file
-    stored = [b"once upon a time", b"there was"]
-    assert read_documents(tmp_path / "data/c/train.bin") == stored
+    assert read_documents(tmp_path / "data/c/train.bin") == [b"once upon a time"]
+    assert read_documents(tmp_path / "data/c/val.bin") == [b"there was", b"an end"]
