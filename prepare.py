@@ -417,6 +417,8 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
         raise BadInput("-: standard input is closed, or given twice: expected it once")
     stem = os.path.basename(os.path.abspath(inputs[0])).split(".")[0]
     stem = re.sub(r"\W+", "-", stem).strip("-")
+    if not name and stem in KNOWN and stem != inputs[0]:
+        raise BadInput(f"{inputs[0]}: expected a --name, as {stem} is a known dataset's")
     folder = Path(data_dir) / folder_name(name or stem or "text", patcher, tokenizer)
     target = folder.resolve()  # where it leads to, if it is a link
     ours = {"train.bin", "val.bin", "meta.json"}

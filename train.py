@@ -437,8 +437,9 @@ def train(given):
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
     optimizers = make_optimizers(raw_model, cfg, dtype)
-    # iterations and seconds of training, bytes read, lowest validation loss, lines of log.jsonl
-    state = SimpleNamespace(iter=0, seconds=0.0, bytes=0, best=math.inf, log=[])
+    # iterations and seconds of training, bytes read, the last iteration that was evaluated, the
+    # lowest validation loss, lines of log.jsonl
+    state = SimpleNamespace(iter=0, seconds=0.0, bytes=0, evaluated=0, best=math.inf, log=[])
     if cfg.resume:
         state = SimpleNamespace(**checkpoint["state"])
         for optimizer, stored in zip(optimizers, checkpoint["optimizers"]):
@@ -488,14 +489,12 @@ def train(given):
                            state.seconds / 60 / (cfg.max_minutes or math.inf))
             progress, stopping = all_ranks(dist.ReduceOp.MAX, device, progress, len(signals))
             done = progress >= 1
-            newest = state.log[-1] if state.log else {}
-            finished = newest.get("all_of_val") and newest["iter"] == state.iter  # before --resume
-            if done and finished:
+            if done and state.evaluated == state.iter:
                 print("this run is finished; a larger --max_iters or --max_minutes continues it")
                 break
 
             # save, and evaluate
-            at_eval = state.iter > 0 and state.iter % cfg.eval_interval == 0 and not finished
+            at_eval = state.iter > state.evaluated and state.iter % cfg.eval_interval == 0
             if done or stopping or at_eval:
                 for name, p in raw_model.named_parameters():
                     check_finite(name, p)
@@ -510,6 +509,7 @@ def train(given):
                 if done:
                     bpb = evaluate(model, val_data, cfg.batch_size, autocast)
                 log(f"val {bpb:.4f} bpb" + done * " on all text", val_bpb=bpb, all_of_val=done)
+                state.evaluated = state.iter
             if done:
                 save("ckpt.pt")  # with what these evaluations said
                 break

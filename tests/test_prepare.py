@@ -272,6 +272,7 @@ def test_bad_input_gets_one_clear_line(tmp_path):
     files = {
         "a.txt": b"hello world\n" * 100,
         "none.txt": b"",
+        "shakespeare.txt": b"to be\n" * 100,
         "one.txt": b"1",
         "bad.gz": b"no gzip",
         "bad.jsonl": b'{"text": "1"}\n{"txt": 1}\n',
@@ -318,6 +319,8 @@ def test_bad_input_gets_one_clear_line(tmp_path):
         (["a.zst"], "unpack it"),
         (["utf16.txt"], "utf16.txt is UTF-16"),
         (["-", "-"], "given twice"),
+        (["shakespeare.txt"], "expected a --name, as shakespeare is a known dataset's"),
+        ([""], "no such file or folder"),
         (["a.txt", "--name=other"], "data/other holds more than a dataset"),
         (["mine", "--data_dir=."], "mine holds more than a dataset"),
         (["a.txt", "--name=.."], "holds more than a dataset"),
