@@ -32,7 +32,7 @@ from tqdm import tqdm
 import sample as S
 import train as T
 from model import GPT, STLM
-from prepare import BadInput, Parser, run, to_ids, to_text, whole_file
+from prepare import BadInput, Parser, decode, encode, run, whole_file
 
 
 # --- speed ----------------------------------------------------------------------------------------
@@ -288,18 +288,18 @@ def add_noise(folder, meta, noise):
     path = folder.with_name(f"{folder.name}-noisy-{noise}.txt")
     with whole_file(path) as file:
         for document in np.split(data.ids, np.flatnonzero(data.ids == data.separator) + 1)[:-1]:
-            text = np.frombuffer(to_text(document, meta["vocab"]), np.uint8).copy()
+            text = np.frombuffer(decode(document, meta["vocab"]), np.uint8).copy()
             hit = rng.random(len(text)) < noise
             text[hit] = rng.integers(ord("a"), ord("z") + 1, hit.sum())
             file.write(text.tobytes() + b"\xff")
-            ids += [to_ids(text.tobytes(), meta["patcher"], meta["vocab"]), [data.separator]]
+            ids += [encode(text.tobytes(), meta["patcher"], meta["vocab"]), [data.separator]]
     return np.concatenate(ids).astype(np.uint16)
 
 
 def compress(folder):
     """Prints the bits per byte of a dataset's validation text in general compressors."""
     meta = T.load_meta(Path(folder))
-    text = to_text(T.Data(Path(folder), "val", meta, 1).ids, meta["vocab"])
+    text = decode(T.Data(Path(folder), "val", meta, 1).ids, meta["vocab"])
     print(f"{folder}: {len(text):,} bytes of validation text, in bits per byte")
     for name, packed in {"gzip -9": gzip.compress(text, 9), "bzip2 -9": bz2.compress(text, 9),
                          "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)}.items():

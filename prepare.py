@@ -115,8 +115,11 @@ def character_start(text, at):
     return max(0, at - 3)
 
 
-def encode(text, patcher="words"):
-    """The symbols (uint16) of text (bytes), one a byte, cut by "words", "gpt2" or "fixed:N"."""
+def encode(text, patcher="words", vocab=None):
+    """The symbols of text (bytes), one a byte, cut by "words", "gpt2" or "fixed:N", or with a
+    vocabulary its token ids: uint16."""
+    if vocab is not None:
+        return tokenize(text, vocab)
     raw = np.frombuffer(text, np.uint8)
     if patcher == "words":
         ends = word_ends(text)
@@ -130,10 +133,12 @@ def encode(text, patcher="words"):
     return raw + np.uint16(256) * (ends & (raw != 0xFF))
 
 
-def decode(symbols):
-    """The bytes of symbols, an array of integers below 512; separators stand for none."""
-    symbols = np.asarray(symbols)
-    return (symbols[symbols != SEPARATOR] & 0xFF).astype(np.uint8).tobytes()
+def decode(ids, vocab=None):
+    """The bytes of symbols, or with their vocabulary of token ids; separators stand for none."""
+    if vocab is not None:
+        return "".join(vocab[i] for i in ids).encode("latin-1")
+    ids = np.asarray(ids)
+    return (ids[ids != SEPARATOR] & 0xFF).astype(np.uint8).tobytes()
 
 
 def printable(text):
@@ -194,16 +199,6 @@ def separator_of(vocab):
     return SEPARATOR if vocab is None else len(vocab) - 1
 
 
-def to_ids(text, patcher, vocab):
-    """Symbols of text (bytes) cut by patcher or, with a vocabulary, token ids: uint16."""
-    return encode(text, patcher) if vocab is None else tokenize(text, vocab)
-
-
-def to_text(ids, vocab):
-    """The bytes that to_ids() came from; separators stand for none."""
-    return decode(ids) if vocab is None else "".join(vocab[i] for i in ids).encode("latin-1")
-
-
 def bytes_of_ids(vocab):
     """How many bytes of text each id stands for: 0 for the separator."""
     return np.array([1] * SEPARATOR + [0] if vocab is None else [len(token) for token in vocab])
@@ -231,9 +226,8 @@ def download(what, get, *arguments, **options):
     try:
         return get(*arguments, **options)
     except Exception as error:  # each library has its own kinds of network error
-        raise BadInput(f"{what} could not be downloaded ({first_line(error)}); without a network, "
-                       "use --dataset=stdlib (or python prepare.py stdlib) or your own text "
-                       "(python prepare.py FILES --name=mine, then --dataset=mine)")
+        raise BadInput(f"{what} could not be downloaded ({first_line(error)}); without a network "
+                       "use stdlib or your own text (python prepare.py FILES --name=mine)")
 
 
 def known_files(name, temp):
@@ -393,7 +387,7 @@ def write_ids(path, pieces, patcher, vocab, sha256):
     separator, counts = np.uint16(separator_of(vocab)), Counter()
     with open(path, "wb") as file:
         for text, last in pieces:
-            ids = to_ids(text, patcher, vocab)
+            ids = encode(text, patcher, vocab)
             ids = np.append(ids, separator) if last else ids
             file.write(ids)
             sha256.update(ids)

@@ -22,8 +22,8 @@ import regex
 import torch
 
 from model import GPT, from_pretrained, pick, stream_ids
-from prepare import (BadInput, Parser, bytes_of_ids, first_line, printable, run, separator_of,
-                     to_ids, to_text, whole_file)
+from prepare import (BadInput, Parser, bytes_of_ids, decode, encode, first_line, printable, run,
+                     separator_of, whole_file)
 from train import choose_device, load_checkpoint
 
 NUMBERS = {  # option: the least and the most that it may be, its default, what it means
@@ -67,7 +67,7 @@ def document(model, text):
     """text (str or bytes) cut as in training, after the separator of documents: (N,) int64."""
     text = text.encode() if isinstance(text, str) else text
     patcher, vocab = model.text["patcher"], model.text["vocab"]
-    ids = np.concatenate([[separator_of(vocab)], to_ids(text, patcher, vocab)]).astype(np.int64)
+    ids = np.concatenate([[separator_of(vocab)], encode(text, patcher, vocab)]).astype(np.int64)
     return torch.from_numpy(ids).to(model.rope.device)
 
 
@@ -97,7 +97,7 @@ def stream(model, prompt, max_new_bytes=300, temperature=0.8, top_k=None, top_p=
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder = io.IncrementalNewlineDecoder(decoder, translate=False)  # keeps \r\n in one piece
     for new in stream_ids(model, ids[None], max_new_bytes, top_k=top_k, top_p=top_p, **options):
-        piece = to_text(new.cpu().numpy(), model.text["vocab"])
+        piece = decode(new.cpu().numpy(), model.text["vocab"])
         max_new_bytes -= len(piece)
         if not piece or max_new_bytes < 0:  # no bytes: a separator
             break

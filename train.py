@@ -45,8 +45,8 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from model import GPT, STLM, STLMConfig, build
-from prepare import (KNOWN, BadInput, bytes_of_ids, first_line, folder_name, prepare, printable,
-                     run, separator_of, to_text, whole_file)
+from prepare import (KNOWN, BadInput, bytes_of_ids, decode, first_line, folder_name, prepare,
+                     printable, run, separator_of, whole_file)
 
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # by torchrun
 RANK, WORLD_SIZE = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if LAUNCHED else (0, 1)
@@ -555,7 +555,7 @@ def train(given):
             prompt = torch.tensor([[train_data.separator]], device=device)
             with torch.compiler.set_stance("force_eager"):  # one byte at a time is another shape
                 ids = raw_model.eval().generate(prompt, cfg.sample_bytes, temperature=0.8)[0]
-            print(printable(to_text(ids.cpu().numpy(), meta["vocab"]).decode("utf-8", "replace")))
+            print(printable(decode(ids.cpu().numpy(), meta["vocab"]).decode("utf-8", "replace")))
     if WORLD_SIZE > 1:
         dist.barrier()
         del model  # DDP can hang when it outlives its process group

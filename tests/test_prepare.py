@@ -100,7 +100,7 @@ def test_gpt2_and_its_tokens(gpt2):
     ends = np.flatnonzero(P.encode(text, "gpt2") >= 256) + 1
     assert ends.tolist() == np.cumsum([len(gpt2[t]) for t in tokens]).tolist()
     for text in random_texts(200):
-        assert P.to_text(P.tokenize(text, gpt2), gpt2) == text
+        assert P.decode(P.tokenize(text, gpt2), gpt2) == text
 
 
 def test_bpe(tmp_path):
@@ -111,10 +111,10 @@ def test_bpe(tmp_path):
     assert len(vocab) <= 400 and vocab[-1] == "" and len(set(vocab)) == len(vocab)
     assert {v for v in vocab if len(v) == 1} == set(map(chr, range(256)))
     ids = np.concatenate([read_bin(folder / "train.bin"), read_bin(folder / "val.bin")])
-    assert P.to_text(ids, vocab) == prose(30_000)
+    assert P.decode(ids, vocab) == prose(30_000)
     assert len(ids) < 15_000  # it compresses
     for text in random_texts(100):
-        assert P.to_text(P.tokenize(text, vocab), vocab) == text
+        assert P.decode(P.tokenize(text, vocab), vocab) == text
 
 
 def read_documents(path):
