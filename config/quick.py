@@ -14,7 +14,7 @@ attend_twice = True
 window = 64  # a patch sees at least the last 64, at most the last 128
 d_byte = 160
 n_decoder = 1
-n_ngram = 64_970  # more than half of the parameters, but looked up, so nearly free in time
+n_ngram = 64_970  # half of the parameters, but looked up, so nearly free in time
 
 batch_size = 2
 learning_rate = 0.0055  # how the rates were chosen: config/README.md
