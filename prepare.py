@@ -227,7 +227,7 @@ def download(what, get, *arguments, **options):
         return get(*arguments, **options)
     except Exception as error:  # each library has its own kinds of network error
         raise BadInput(f"{what} could not be downloaded ({first_line(error)}); without a network "
-                       "use stdlib or your own text (python prepare.py FILES --name=mine)")
+                       "--dataset=stdlib works, or your own text: prepare.py FILES --name=mine")
 
 
 def known_files(name, temp):

@@ -542,7 +542,8 @@ def train(given):
             # log
             if at_log:
                 n_bytes = max(1, state.bytes - logged[1])  # all may be separators
-                bpb = float(nats) / math.log(2) / (n_bytes / WORLD_SIZE)
+                nats = all_ranks(dist.ReduceOp.SUM, device, float(nats))[0]
+                bpb = nats / math.log(2) / n_bytes
                 speed = n_bytes / (state.seconds - logged[0])
                 left = state.seconds / 60 * (1 / progress - 1) if progress else 0
                 log(f"train {bpb:.3f} bpb  {speed / 1e3:.1f} KB/s  {left:.1f} min left",
