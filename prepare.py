@@ -20,10 +20,8 @@ import hashlib
 import json
 import lzma
 import os
-import re
 import signal
 import sys
-import unicodedata
 import zlib
 from array import array
 from collections import Counter
@@ -33,6 +31,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
 SEPARATOR = 0xFF + 256
@@ -49,48 +48,37 @@ def first_line(error):
 
 
 # --- patches: which bytes end one -----------------------------------------------------------------
-OTHER, SPACE, LETTER, DENSE = range(4)  # kinds of characters; from DENSE on one for each script
-DENSE_SCRIPTS = {  # written without spaces: first and last character, characters to a patch
-    "Chinese": (0x3400, 0x9FFF, 1),
-    "hiragana": (0x3041, 0x309F, 2),
-    "katakana": (0x30A1, 0x30FF, 2),
-    "Thai, Lao": (0x0E00, 0x0EFF, 4),
-    "Burmese": (0x1000, 0x109F, 4),
-    "Khmer": (0x1780, 0x17FF, 4),
-}
+OTHER, SPACE, LETTER, WORD = range(4)  # kinds of characters; WORD is a letter and a word by itself
+WITHOUT_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 
 
 @lru_cache
 def kinds():
     """The kind of each character up to U+FFFF; all after it count as U+FFFF does, as OTHER."""
-    letters = [chr(i) == "_" or unicodedata.category(chr(i))[0] in "LMN" for i in range(1 << 16)]
-    kind = np.where(letters, LETTER, OTHER)
-    for number, (first, last, _) in enumerate(DENSE_SCRIPTS.values(), DENSE):
-        part = kind[first : last + 1]
-        part[part == LETTER] = number
-    kind[0xDC80:0xDD00] = LETTER  # what Python makes of bytes that are not UTF-8
-    kind[list(b" \t\n\v\f\r")] = SPACE
-    return kind.astype(np.uint8)
+    characters = "".join(map(chr, range(1 << 16)))
+    kind = np.full(len(characters), OTHER, np.uint8)
+    for number, pattern in [
+        (SPACE, r"[ \t\n\v\f\r]"),
+        (LETTER, r"[\p{L}\p{M}\p{N}_\udc80-\udcff]"),  # the last are bytes that are not UTF-8
+        (OTHER, WITHOUT_SPACES + "|ー"),  # signs that change the letter before them
+        (WORD, rf"(?=\p{{Lo}}){WITHOUT_SPACES}"),
+    ]:
+        kind[[match.start() for match in regex.finditer(pattern, characters)]] = number
+    return kind
 
 
 def word_ends(text):
     """Where patches of at most MAX_PATCH bytes end: before a word that follows anything else, and
     with the first whitespace byte that follows anything else: |x |= |foo(|bar). In scripts without
-    spaces every few characters are a word, and so is a change of script."""
+    spaces each letter is a word."""
     points = np.frombuffer(text, np.uint8)  # one for each character
     if not text.isascii():
         points = text.decode("utf-8", "surrogateescape").encode("utf-32-le", "surrogatepass")
         points = np.frombuffer(points, np.uint32)
     kind = kinds()[points if text.isascii() else np.minimum(points, 0xFFFF)]
     begins = np.zeros(len(kind) + 1, bool)  # patches; the last also at the end of the text
-    begins[1:-1] = (kind[1:] >= LETTER) & (kind[1:] != kind[:-1])
+    begins[1:-1] = (kind[1:] == WORD) | (kind[1:] == LETTER) & (kind[:-1] != LETTER)
     begins[2:] |= (kind[1:] == SPACE) & (kind[:-1] != SPACE)
-    if kind.max(initial=0) >= DENSE:
-        at = np.arange(len(kind))
-        since = at - np.maximum.accumulate(at * begins[:-1])  # characters before it in its word
-        length = np.array([1] * DENSE + [n for _, _, n in DENSE_SCRIPTS.values()])[kind]
-        begins[1:-1] |= ((kind >= DENSE) & (since % length == 0))[1:]
-
     stops = np.flatnonzero(begins)
     if not text.isascii():  # from characters to bytes
         n_bytes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
@@ -126,7 +114,7 @@ def encode(text, patcher="words", vocab=None):
     elif patcher == "gpt2":  # a patch is a token of GPT-2, the paper's choice
         vocab, ends = gpt2_vocab(), np.zeros(len(raw), bool)
         ends[np.cumsum([len(vocab[i]) for i in tokenize(text, vocab)], dtype=int) - 1] = True
-    elif re.fullmatch(r"fixed:[1-9]\d{0,8}", patcher):
+    elif regex.fullmatch(r"fixed:[1-9]\d{0,8}", patcher):
         ends = np.arange(1, len(raw) + 1) % int(patcher[6:]) == 0
     else:
         raise BadInput(f"--patcher={patcher} is unknown: expected words, gpt2 or fixed:N (fixed:4)")
@@ -145,7 +133,7 @@ def printable(text):
     """text (str) with what a terminal would obey instead of show (control characters, changes of
     the direction of writing) as \\x1b and the like. A last "\\r" is left, as "\\n" may follow."""
     obeyed = r"[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?=[^\n])"
-    return re.sub(obeyed, lambda match: match[0].encode("unicode_escape").decode(), text)
+    return regex.sub(obeyed, lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 # --- tokens, for the baseline ---------------------------------------------------------------------
@@ -164,7 +152,7 @@ def encoding_of(vocab):
 def tokenize(text, vocab):
     """Token ids (uint16) of text (bytes). Bytes that are not UTF-8 become one token each."""
     encoding, ids = encoding_of(tuple(vocab)), []
-    for part in re.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):
+    for part in regex.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):
         if "\udc80" <= part <= "\udcff":
             ids.append([encoding.encode_single_token(part.encode("utf-8", "surrogateescape"))])
         else:
@@ -253,32 +241,25 @@ def text_files(folder):
     def refuse(error):
         raise error  # a subfolder that cannot be read
 
-    n_binary = 0
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for path in (Path(root, name) for name in sorted(names) if name[0] != "."):
-            if not path.is_file():
-                continue
-            no_zero_byte = np.fromfile(path, np.uint8, 4096).all()  # as in any UTF-8
-            if no_zero_byte or path.suffix.lower() in (".gz", ".xz", ".parquet"):
-                yield path
+            packed = path.suffix.lower() in (".gz", ".xz", ".parquet")
+            if path.is_file() and (packed or np.fromfile(path, np.uint8, 4096).all()):
+                yield path  # without a zero byte, as any UTF-8
             else:
-                n_binary += 1
-    if n_binary:
-        print(f"left out of {folder}, as they are no text: {n_binary} files")
+                print(f"left out, as it is no text: {path}")
 
 
 def find_files(inputs, temp):
     """The files of all inputs in order; "-" stands for standard input."""
     for name in inputs:
-        if name in KNOWN and not os.path.exists(name):
+        if os.path.isdir(name):
+            yield from text_files(name)
+        elif name == "-" or os.path.isfile(name) or Path(name).is_fifo():
+            yield Path(name)
+        elif name in KNOWN:
             yield from known_files(name, temp)
-            continue
-        path = Path(name)
-        if name and path.is_dir():
-            yield from text_files(path)
-        elif name == "-" or path.is_file() or path.is_fifo():
-            yield path
         else:
             raise BadInput(f"{name}: no such file or folder; expected files, folders, - or one of "
                            + ", ".join(KNOWN))
@@ -299,7 +280,7 @@ def documents(path):
         if file.peek(16).startswith(NOT_TEXT):
             raise BadInput(f"{path} is UTF-16, compressed or no text: iconv -f UTF-16 converts it; "
                            "unpack it, or give it a name that ends in .gz or .xz")
-        if re.search(r"\.jsonl(\.gz|\.xz)?$", name):
+        if regex.search(r"\.jsonl(\.gz|\.xz)?$", name):
             for line in file:
                 text = json.loads(line)["text"] if line.strip() else None
                 yield [(text or "").encode("utf-8", "surrogatepass")]
@@ -356,7 +337,7 @@ def break_before(file, at, reach):
     that no patch or token straddles or, where there is none, between two characters."""
     file.seek(at - reach)
     text = file.read(reach + 1)
-    line_ends = [match.end() for match in re.finditer(rb"\S\r?\n(?=\n?\S)", text)]
+    line_ends = [match.end() for match in regex.finditer(rb"\S\r?\n(?=\n?\S)", text)]
     return at - reach + (line_ends[-1] if line_ends else character_start(text, reach))
 
 
@@ -401,7 +382,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
     """Writes a dataset and returns its folder, data_dir/folder_name(...). Raises BadInput.
     The arguments are the options of the command line. An older dataset is replaced as a whole."""
     encode(b"", patcher)  # refuses an unknown patcher before any work
-    bpe = re.fullmatch(r"bpe:(\d{1,5})", tokenizer)
+    bpe = regex.fullmatch(r"bpe:(\d{1,5})", tokenizer)
     if tokenizer not in ("bytes", "gpt2") and not (bpe and 257 < int(bpe[1]) < 65536):
         raise BadInput(f"--tokenizer={tokenizer}: expected bytes, gpt2 or bpe:N, N = 258 to 65535")
     if not 0 < val_fraction < 1:
@@ -409,8 +390,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
     val_inputs = [val] if val else []
     if [*inputs, *val_inputs].count("-") > (sys.stdin is not None):
         raise BadInput("-: standard input is closed, or given twice: expected it once")
-    stem = os.path.basename(os.path.abspath(inputs[0])).split(".")[0]
-    stem = re.sub(r"\W+", "-", stem).strip("-")
+    stem = regex.sub(r"\W+", "-", Path(inputs[0]).absolute().name.split(".")[0]).strip("-")
     if not name and stem in KNOWN and stem != inputs[0]:
         raise BadInput(f"{inputs[0]}: expected a --name, as {stem} is a known dataset's")
     folder = Path(data_dir) / folder_name(name or stem or "text", patcher, tokenizer)
@@ -474,8 +454,6 @@ def whole_file(path):
     try:
         with open(temp, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temp, path)
     finally:
         Path(temp).unlink(missing_ok=True)  # a full disk needs the room

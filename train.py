@@ -99,6 +99,8 @@ def parse(arguments):
         elif argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
             values[key] = value if equals else True
+        elif not argument.endswith(".py"):
+            raise BadInput(f"{argument}: expected a config file (.py) or --key=value")
         else:
             try:
                 values |= runpy.run_path(argument)
@@ -210,8 +212,9 @@ def epoch_order(n_windows, block_size, seed, epoch):
 def load_meta(folder):
     """What prepare.py says about the dataset in a folder, a dict."""
     try:
-        return json.loads((folder / "meta.json").read_text())
-    except ValueError as error:
+        meta = json.loads((folder / "meta.json").read_text())
+        return {key: meta[key] for key in ("patcher", "vocab", "sha256", "train", "val")}
+    except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"{folder} is damaged ({first_line(error)}); run prepare.py again")
 
 
@@ -223,11 +226,7 @@ def find_data(cfg):
             raise BadInput(f"no dataset in {folder}: run prepare.py FILES --name={cfg.dataset} "
                            f"--patcher={cfg.patcher} --tokenizer={cfg.tokenizer}")
         prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
-    meta = load_meta(folder)
-    if folder_name(cfg.dataset, meta["patcher"], meta["tokenizer"]) != folder.name:
-        raise BadInput(f"{folder} was cut with --patcher={meta['patcher']} "
-                       f"--tokenizer={meta['tokenizer']}: expected the same here")
-    return folder, meta
+    return folder, load_meta(folder)
 
 
 # --- optimizers -----------------------------------------------------------------------------------
@@ -297,6 +296,11 @@ def evaluate(model, data, batch_size, autocast, n_bytes=math.inf):
     model.train()
     nats, n_scored = all_ranks(dist.ReduceOp.SUM, device, nats, n_scored)
     return nats / math.log(2) / n_scored
+
+
+def check_finite(iteration, tensors):
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise BadInput(f"training diverged at iteration {iteration}: try lower learning rates")
 
 
 def all_ranks(operation, device, *numbers):
@@ -415,6 +419,13 @@ def plot(log, path):
     figure.savefig(path)
 
 
+def print_sample(model, n, vocab):
+    prompt = torch.tensor([[separator_of(vocab)]], device=model.rope.device)
+    with torch.compiler.set_stance("force_eager"):  # one byte at a time is another shape
+        ids = model.generate(prompt, n, temperature=0.8)[0]
+    print(printable(decode(ids.cpu().numpy(), vocab).decode("utf-8", "replace")))
+
+
 # --- training -------------------------------------------------------------------------------------
 def train(given):
     cfg, checkpoint = settle(given)
@@ -424,7 +435,7 @@ def train(given):
             find_data(cfg)  # may prepare it while the other ranks wait to be joined
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     folder, meta = find_data(cfg)
-    for key in ("vocab", "sha256")[: 2 if cfg.resume else 1]:
+    for key in ("patcher", "vocab", "sha256")[: 3 if cfg.resume else 2]:
         if checkpoint and meta[key] != checkpoint["data"][key]:
             raise BadInput(f"{folder} differs from the data of the checkpoint in its {key}")
     train_data = Data(folder, "train", meta, cfg.block_size)
@@ -468,19 +479,14 @@ def train(given):
                             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                             "state": vars(state)}, file)
 
-    def check_finite(name, tensor):
-        if not tensor.isfinite().all():
-            raise BadInput(f"{name} is not finite at iteration {state.iter}: "
-                           "try lower learning rates")
-
     def log(text, **entry):
         with suppress(BrokenPipeError):  # whoever reads the output may be gone
             print(f"iter {state.iter:5d}  {text}")
-        entry = dict(iter=state.iter, minutes=state.seconds / 60, bytes=state.bytes, **entry)
-        state.log.append(entry)
+        state.log.append({"iter": state.iter, "minutes": state.seconds / 60, "bytes": state.bytes,
+                          **entry})
         if RANK == 0:
             with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(state.log[-1]) + "\n")
 
     nats, logged = 0.0, (state.seconds, state.bytes)  # since, and at, the last line of the log
     with stop_signals() as signals:
@@ -496,8 +502,7 @@ def train(given):
             # save, and evaluate
             at_eval = state.iter > state.evaluated and state.iter % cfg.eval_interval == 0
             if done or stopping or at_eval:
-                for name, p in raw_model.named_parameters():
-                    check_finite(name, p)
+                check_finite(state.iter, raw_model.parameters())
                 save("ckpt.pt")  # before the evaluation: a crash there loses nothing
                 if stopping and not done:
                     print(f"stopped at iteration {state.iter}; continue with --resume")
@@ -528,7 +533,7 @@ def train(given):
                 state.bytes += train_data.count_bytes(y) * WORLD_SIZE  # about: of other ranks, too
             at_log = (state.iter + 1) % cfg.log_interval == 0
             if at_log or device.type == "cpu":  # asking a GPU for a number makes it wait
-                check_finite("the loss", nats)
+                check_finite(state.iter, [nats])
 
             # step
             for optimizer, rate in zip(optimizers, (cfg.learning_rate, cfg.adam_learning_rate)):
@@ -541,7 +546,7 @@ def train(given):
 
             # log
             if at_log:
-                n_bytes = max(1, state.bytes - logged[1])  # all may be separators
+                n_bytes = state.bytes - logged[1]
                 nats = all_ranks(dist.ReduceOp.SUM, device, float(nats))[0]
                 bpb = nats / math.log(2) / n_bytes
                 speed = n_bytes / (state.seconds - logged[0])
@@ -553,14 +558,7 @@ def train(given):
     if done and RANK == 0:
         plot(state.log, out / "loss.png")
         if cfg.sample_bytes:
-            prompt = torch.tensor([[train_data.separator]], device=device)
-            with torch.compiler.set_stance("force_eager"):  # one byte at a time is another shape
-                ids = raw_model.eval().generate(prompt, cfg.sample_bytes, temperature=0.8)[0]
-            print(printable(decode(ids.cpu().numpy(), meta["vocab"]).decode("utf-8", "replace")))
-    if WORLD_SIZE > 1:
-        dist.barrier()
-        del model  # DDP can hang when it outlives its process group
-        dist.destroy_process_group()
+            print_sample(raw_model.eval(), cfg.sample_bytes, meta["vocab"])
 
 
 ADVICE = {"out of memory|allocate memory": "halve --batch_size and double --grad_accum",
@@ -571,6 +569,8 @@ ADVICE = {"out of memory|allocate memory": "halve --batch_size and double --grad
 def main():
     try:
         train(parse(sys.argv[1:]))
+        if WORLD_SIZE > 1:  # after the model has gone, as DDP can hang otherwise
+            dist.destroy_process_group()
     except RuntimeError as error:  # by torch
         for pattern, advice in ADVICE.items():
             if re.search(pattern, str(error)):

@@ -351,7 +351,7 @@ def test_nan_stops_before_a_checkpoint(workdir):
     broken["model"]["to_patches.weight"][0, 0] = float("nan")
     torch.save(broken, "run/ckpt.pt")
     before = Path("run/ckpt.pt").read_bytes()
-    clear = r"is not finite at iteration \d+: try lower learning rates"
+    clear = r"training diverged at iteration \d+: try lower learning rates"
     with pytest.raises(P.BadInput, match=clear):
         train("--out_dir=run", "--resume", "--max_iters=60")
     assert Path("run/ckpt.pt").read_bytes() == before
@@ -372,7 +372,7 @@ def test_nan_in_a_gradient_stops_at_the_next_step(workdir, monkeypatch):
         return model
 
     monkeypatch.setattr(T, "new_model", new_model_with_fault)
-    with pytest.raises(P.BadInput, match="the loss is not finite at iteration 33"):
+    with pytest.raises(P.BadInput, match="training diverged at iteration 33"):
         train(*RUN)
     kept = checkpoint("run/ckpt.pt")
     assert kept["state"]["iter"] == 20 and all(w.isfinite().all() for w in kept["model"].values())

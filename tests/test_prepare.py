@@ -54,16 +54,17 @@ def test_words_by_example():
 SCRIPTS = """“|Don’|t,” |said |she |— |“|stop…”
 naïve |café, |Привіт, |«|світе»!
 这|是|测|试，|你|好。|Hello|世|界
-食|べる|テキ|スト|日|本|語。　|東|京|の
+食|べ|る|コ|ピー|日|本|語。　|東|京|の|人々
 한국어 |문장이다 |यह |एक |है। |שלום
-สวัส|ดีคร|ับ |ABC|กขคง|จ
+ส|วั|ส|ดี|ค|รั|บ |ABC|ก|ข
+用|Python|编|程|2024|年
 😀👩👩👧|😀 |a😀|b"""
 
 
 @pytest.mark.parametrize("line", SCRIPTS.split("\n"))
 def test_words_of_every_script(line):
-    """Punctuation of any script is no letter; scripts without spaces get patches of one to four
-    characters; no patch ends inside a character."""
+    """Punctuation of any script is no letter; scripts without spaces get a patch for
+    each letter; no patch ends inside a character."""
     patches = cut(line.replace("|", "").encode())
     assert "|".join(patch.decode() for patch in patches) == line  # decode() raises inside of one
 
@@ -145,7 +146,7 @@ def test_every_kind_of_input(tmp_path, monkeypatch):
     assert done.stdout.count("left out, as they are empty: 3 ") == 1
     documents = read_documents("data/all/train.bin")
     assert documents == [texts[i] for i in (0, 1, 2, 3, 4, 6)]  # in sorted order, 5 is held out
-    assert "left out of folder, as they are no text: 1 files" in done.stdout
+    assert "left out, as it is no text: folder/7.pyc\n" in done.stdout
     assert read_documents("data/all/val.bin") == [texts[5]]
     meta = json.loads(open("data/all/meta.json").read())
     assert meta["train"]["bytes"] == sum(map(len, documents)) and meta["patcher"] == "words"

@@ -247,7 +247,7 @@ def test_resume_checks_the_data(workdir):
     refused(resume, "data/split", "the data of the checkpoint", "sha256")
     P.prepare(["texts"], name="split", patcher="fixed:4")
     shutil.copytree("data/split-fixed4", "data/split", dirs_exist_ok=True)
-    refused(resume, "data/split was cut with --patcher=fixed:4")
+    refused(resume, "data/split", "the data of the checkpoint", "patcher")
     P.prepare(["texts"], name="split")
     train(*resume)
     Path("data/split").rename("data/renamed")
@@ -259,7 +259,7 @@ def test_resume_checks_the_data(workdir):
     tune = ["--init_from=run/ckpt.pt", "--out_dir=tuned", "--max_iters=1", "--compile=false"]
     train(*tune, "--dataset=split")
     shutil.copytree("data/split-fixed4", "data/split", dirs_exist_ok=True)
-    refused([*tune, "--dataset=split"], "data/split was cut with --patcher=fixed:4")
+    refused([*tune, "--dataset=split"], "data/split differs from the data of the checkpoint")
 
 
 def test_handlers_are_restored(workdir):
@@ -268,7 +268,7 @@ def test_handlers_are_restored(workdir):
         signal.signal(number, handler)
     small_run("--out_dir=run")
     too_fast = ["--learning_rate=1e12", "--adam_learning_rate=1e12"]
-    refused([*SMALL, "--out_dir=bad", *too_fast], "not finite")
+    refused([*SMALL, "--out_dir=bad", *too_fast], "training diverged")
     assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is handler
 
 
@@ -518,7 +518,7 @@ def test_the_baseline_trains_and_finetuning_starts_from_a_checkpoint(workdir, gp
 def test_a_loss_that_is_not_finite_stops_the_run(workdir):
     done = run_script("train.py", *SMALL, "--out_dir=run", "--learning_rate=1e12",
                       "--adam_learning_rate=1e12", "--warmup=0.5", "--eval_interval=2", cwd=".")
-    assert_one_clear_line(done, "is not finite at iteration", "try lower learning rates")
+    assert_one_clear_line(done, "training diverged at iteration", "try lower learning rates")
     if Path("run/ckpt.pt").exists():
         assert all(t.isfinite().all() for t in weights("run").values())
 
@@ -553,6 +553,8 @@ def test_bad_keys_get_one_clear_line(tmp_path, monkeypatch):
         (["type.py"], "n_layer=four: expected a value of type int"),
         (["broken.py"], "config file broken.py: SyntaxError"),
         (["missing.py"], "config file missing.py: FileNotFoundError"),
+        (["quick.json"], "quick.json: expected a config file (.py) or --key=value"),
+        (["n_layer=4"], "n_layer=4: expected a config file (.py) or --key=value"),
         (["--n_layer=2.5"], "n_layer=2.5: expected a value of type int"),
         (["--compile=maybe"], "compile=maybe: expected a value of type bool"),
         (["--learning_rate"], "learning_rate=True: expected a value of type float"),
@@ -619,7 +621,10 @@ def test_bad_files_get_one_clear_line(workdir):
     meta.write_bytes(described[:50])
     refused(base, "data/tiny is damaged")
     meta.write_bytes(described.replace(b'"words"', b'"fixed:4"'))
-    refused(resume, "data/tiny was cut with --patcher=fixed:4")
+    refused(resume, "data/tiny differs from the data of the checkpoint in its patcher")
+    for other in b"[]", b'{"train": 1}', b"5":
+        meta.write_bytes(other)
+        refused(base, "data/tiny is damaged")
     meta.write_bytes(described)
     for bad in good[: len(good) // 2], b"", b"hello", good[:1000] + bytes(5000) + good[6000:]:
         Path("run/ckpt.pt").write_bytes(bad)
