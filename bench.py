@@ -47,7 +47,7 @@ def speed(arguments):
     jobs, cfg = [], None
     for name in names or ["config/stlm_10m.py", "config/gpt_10m.py"]:
         if name.endswith(".py"):
-            cfg, _ = T.settle(T.parse([name, "--dataset=stdlib", *keys]))
+            cfg, _ = T.settle(*T.parse([name, "--dataset=stdlib", *keys]))
         elif cfg is None or not (name == "transformers" or Path(name, "model.py").is_file()):
             raise BadInput(f"{name}: expected CONFIG.py, after it a nanoGPT folder or transformers")
         elif name == "transformers":
@@ -233,7 +233,7 @@ def sizes(figure):
     print(f"million parameters{'total':>8}" + "".join(f"{part:>13}" for part in PARTS))
     table = {}
     for name in "quick gpt_quick stlm_10m gpt_10m stlm_50m gpt_50m stlm_100m gpt_100m".split():
-        cfg = T.Config(**T.parse([f"config/{name}.py"]))
+        cfg = T.Config(**T.parse([f"config/{name}.py"])[0])
         cfg.vocab_size = {"bytes": 512, "bpe:4096": 4096, "gpt2": 50_257}[cfg.tokenizer]
         with torch.device("meta"):  # shapes without memory
             model = GPT(cfg) if cfg.model == "gpt" else STLM(cfg)

@@ -240,8 +240,9 @@ class STLM(LanguageModel):
 
     def forward(self, x, y=None, reduction="mean", cache=None):
         """Logits (B, N, 512) for symbols x (B, N), or the loss with the next symbols y (B, N), in
-        nats per symbol; y = -100 is left out, reduction is F.cross_entropy's. With y the bytes
-        after max_patches patches go on with the last one, so that all batches have one shape."""
+        nats per symbol; y = -100 is left out, y (B, N, 512) are probabilities, reduction is
+        F.cross_entropy's. With y the bytes after max_patches patches go on with the last one, so
+        that all batches have one shape."""
         B, N = x.shape
         z, open_hash = self.embed(x, cache)                  # (B, N, d_byte), (B, N)
         z = self.encoder(z)
@@ -266,7 +267,7 @@ class STLM(LanguageModel):
         logits = self.decode((z + received).flatten(0, 1), open_hash.flatten())
         if y is None:
             return logits.view(B, N, -1)
-        return F.cross_entropy(logits.float(), y.flatten(), reduction=reduction)
+        return F.cross_entropy(logits.float(), y.flatten(0, 1), reduction=reduction)
 
     def transform(self, patches, rope, cache=None):
         """Patches (B, P, d_byte) to what the bytes after each receive, (B, P, d_byte)."""
@@ -323,7 +324,7 @@ class GPT(LanguageModel):
         logits = F.linear(norm(h), self.wte.weight)
         if y is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction=reduction)
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(0, 1), reduction=reduction)
 
     def step(self, x, cache):
         """Takes the next token of each sequence, x (B,), to the logits after it, (B, V)."""
@@ -436,15 +437,17 @@ def from_pretrained(name):
     return model.eval()
 
 
-def build(kind, config, weights):
-    """The model of a kind ("STLM" or "GPT") and config with these weights; raises unless they fit.
-    They may be a stranger's: no memory is taken for sizes that a file only claims."""
+def build(kind, config, weights, edit=None):
+    """The model of a kind ("STLM" or "GPT") and config, changed by edit(model), with these weights;
+    raises unless they fit. A stranger's file gets no memory for sizes that it only claims."""
     kind = {"STLM": STLM, "GPT": GPT}[kind]
     possible = all(type(n) in (int, bool) and 0 <= n <= 2**20 for n in asdict(config).values())
     if not possible or config.n_layer + config.n_encoder + config.n_decoder > len(weights):
         raise ValueError("its config claims sizes that its weights do not have")
-    with torch.device("meta"):  # shapes without memory
-        kind(config).load_state_dict(weights, assign=True)
-    model = kind(config).to(next(iter(weights.values())).dtype)
-    model.load_state_dict(weights)
+    for device in "meta", "cpu":  # first shapes alone, without memory
+        with torch.device(device):
+            model = kind(config)
+            if edit:
+                edit(model)
+        model.load_state_dict(weights, assign=True)
     return model

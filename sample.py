@@ -24,7 +24,7 @@ import torch
 from model import GPT, from_pretrained, pick, stream_ids
 from prepare import (BadInput, Parser, bytes_of_ids, decode, encode, first_line, printable, run,
                      separator_of, whole_file)
-from train import choose_device, load_checkpoint
+from train import choose_device, load_checkpoint, parse
 
 NUMBERS = {  # option: the least and the most that it may be, its default, what it means
     "max_new_bytes": (0, 10**9, 300, "length of a sample"),
@@ -47,8 +47,13 @@ def check(**options):
 
 def load(out_dir, device="", block_size=None):
     """The model in a folder: best.pt or else ckpt.pt of a training run, or what save_pretrained()
-    wrote; out_dir may also be a checkpoint file. With block_size it looks further back."""
+    wrote; out_dir may also be a checkpoint file, or the config file of a run, which a model that
+    its edit() changed needs. With block_size it looks further back."""
     check(block_size=block_size)
+    hooks = {}
+    if str(out_dir).endswith(".py"):
+        given, hooks = parse([str(out_dir)])
+        out_dir = given["out_dir"]
     if Path(out_dir, "config.json").is_file():
         try:
             model = from_pretrained(out_dir)
@@ -56,7 +61,8 @@ def load(out_dir, device="", block_size=None):
             raise BadInput(f"{out_dir} holds no model of save_pretrained() ({first_line(error)})")
     else:
         paths = [Path(out_dir), Path(out_dir, "best.pt"), Path(out_dir, "ckpt.pt")]
-        model, _ = load_checkpoint(next((path for path in paths if path.is_file()), paths[-1]))
+        path = next((path for path in paths if path.is_file()), paths[-1])
+        model, _ = load_checkpoint(path, hooks.get("edit"))
     if block_size is not None:
         model.set_block_size(block_size)
     return model.to(choose_device(device)).eval()
@@ -188,7 +194,7 @@ def write_aloud(model, prompt, num_samples, seed, **options):
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("--out_dir", default="out/quick", help="of a training run; or a checkpoint")
+    parser.add_argument("--out_dir", default="out/quick", help="of a run; or its config file")
     task = parser.add_mutually_exclusive_group(required=sys.stdin is None)  # it is closed
     task.add_argument("--prompt", type=text_or_file, help="text, or FILE:path, to go on from")
     task.add_argument("--score", type=text_or_file, help="text, or FILE:path, to score instead")

@@ -8,6 +8,10 @@ Trains an STLM, or the baseline GPT, on a dataset that prepare.py wrote.
     python train.py --help                                    # every key and what it means
 
 Writes ckpt.pt (the latest state), best.pt (the lowest validation loss), log.jsonl and loss.png.
+
+A config file is Python. Besides keys it may define two functions: edit(model) changes a new model
+before its training, loss(model, x, y) replaces the loss of a batch, symbols x and y (B, N). Names
+in CAPITALS or with a leading _, its other functions, classes and modules are its own affair.
 """
 import difflib
 import inspect
@@ -19,9 +23,8 @@ import runpy
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -48,6 +51,7 @@ from model import GPT, STLM, STLMConfig, build
 from prepare import (KNOWN, BadInput, bytes_of_ids, decode, first_line, folder_name, prepare,
                      printable, run, separator_of, whole_file)
 
+GOLDEN = (5 ** 0.5 - 1) / 2
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # by torchrun
 RANK, WORLD_SIZE = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if LAUNCHED else (0, 1)
 
@@ -89,7 +93,8 @@ MAY_BE_ZERO = {"max_patches", "window", "n_encoder", "n_decoder", "seed", "max_i
 
 
 def parse(arguments):
-    """Config files and --key=value, the later wins: {key: value}."""
+    """Config files and --key=value, the later wins: {key: value} and {"edit" or "loss": function}.
+    """
     values, given = {}, {}
     for argument in arguments:
         if argument in ("-h", "--help"):
@@ -106,8 +111,9 @@ def parse(arguments):
                 values |= runpy.run_path(argument)
             except Exception as error:
                 raise BadInput(f"config file {argument}: {first_line(error)}")
+    hooks = {name: values[name] for name in ("edit", "loss") if callable(values.get(name))}
     for key, value in values.items():
-        if key.startswith("_") or isinstance(value, ModuleType):
+        if key[0] == "_" or key.isupper() or callable(value) or isinstance(value, ModuleType):
             continue
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1) or ["--help"]
@@ -119,15 +125,18 @@ def parse(arguments):
             given[key] = dict(true=True, false=False)[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise BadInput(f"{key}={text}: expected a value of type {kind.__name__}")
-    return given
+    return given, hooks
 
 
-def settle(given):
+def settle(given, hooks):
     """The configuration of a run, and the checkpoint that it starts from or None."""
     cfg, checkpoint = Config(**given), None
     path = f"{cfg.out_dir}/ckpt.pt" if cfg.resume else cfg.init_from
     if path:
-        _, checkpoint = load_checkpoint(path)
+        _, checkpoint = load_checkpoint(path, hooks.get("edit") if cfg.resume else None)
+        if cfg.resume and hooks.keys() != (files := checkpoint.get("hooks", {})).keys():
+            raise BadInput(f"--resume: expected the config file of this run again, if it has "
+                           f"edit() or loss(); {path} names {sorted(set(files.values()))}")
         kept = KEYS.keys() - {"out_dir"} if cfg.resume else OF_A_MODEL
         stored = {key: value for key, value in checkpoint["config"].items() if key in kept}
         differ = {key for key in stored.keys() & given if given[key] != stored[key]}
@@ -171,16 +180,13 @@ class Data:
         return int(self.bytes_of[y[y >= 0]].sum())
 
     def sequences(self, first, n, seed):
-        """Sequences first to first + n of an endless stream: x and y (n, block_size). An epoch
-        visits every window once, in random order, all shifted by one random offset."""
+        """Sequences first to first + n of an endless stream: x and y (n, block_size). Each begins a
+        golden ratio of the text after the last one, which covers it evenly at any time."""
         N = self.block_size
-        n_windows = len(self.ids) // N - 1  # one less than fit: room for the offset
-        rows = []
-        for index in range(first, first + n):
-            order, offset = epoch_order(n_windows, N, seed, index // n_windows)
-            begin = offset + order[index % n_windows] * N
-            rows.append(self.ids[begin : begin + N + 1])
-        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
+        places = np.random.default_rng(seed).random() + np.arange(first, first + n) * GOLDEN
+        begins = (places % 1 * (len(self.ids) - N)).astype(int)
+        rows = np.stack([self.ids[begin : begin + N + 1] for begin in begins])
+        rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def scoring_batches(self, batch_size, n_bytes=math.inf):
@@ -191,22 +197,15 @@ class Data:
         n_windows = math.ceil(len(self.ids) / N)
         n_scored = max(1, int(n_windows * min(1, n_bytes / self.n_bytes)))
         windows = np.linspace(0, n_windows - 1, n_scored).astype(int)[RANK::WORLD_SIZE]
+        ids = np.append(np.uint16(self.separator), self.ids)  # which the first byte follows
         for i in range(0, len(windows), batch_size):
-            x = torch.full((batch_size, N), self.separator)  # also what the first byte follows
+            x = torch.full((batch_size, N), self.separator)
             y = torch.full((batch_size, N), -100)
             for row, begin in enumerate(windows[i : i + batch_size] * N):
-                ids = self.ids[max(0, begin - 1) : begin + N].astype(np.int64)
-                ids = torch.from_numpy(ids)  # with the one before, if there is
-                n = min(N, len(self.ids) - begin)
-                y[row, :n] = ids[-n:]
-                x[row, n - len(ids) + 1 : n] = ids[:-1]
+                window = torch.from_numpy(ids[begin : begin + N + 1].astype(np.int64))
+                x[row, : len(window) - 1] = window[:-1]
+                y[row, : len(window) - 1] = window[1:]
             yield x, y
-
-
-@lru_cache(maxsize=2)
-def epoch_order(n_windows, block_size, seed, epoch):
-    rng = np.random.default_rng([seed, epoch])
-    return rng.permutation(n_windows), rng.integers(block_size)
 
 
 def load_meta(folder):
@@ -369,15 +368,23 @@ def stop_signals():
 
 
 # --- checkpoints and the log ----------------------------------------------------------------------
-def load_checkpoint(path):
-    """The model of a checkpoint and the checkpoint, a dict. Nothing in the file is executed."""
+def load_checkpoint(path, edit=None):
+    """The model of a checkpoint and the checkpoint, a dict. Nothing in the file is executed. An
+    edited model needs edit(model) of its config file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = build(checkpoint["kind"], STLMConfig(**checkpoint["sizes"]), checkpoint["model"])
+        config_file = checkpoint.get("hooks", {}).get("edit")
+        if bool(config_file) != bool(edit):
+            raise BadInput(f"{path}: expected the config file of its edit(), {config_file}, and no "
+                           "other")
+        sizes = STLMConfig(**checkpoint["sizes"])
+        model = build(checkpoint["kind"], sizes, checkpoint["model"], edit)
         model.text = {key: checkpoint["data"][key] for key in ("patcher", "vocab")}
         bytes_of_ids(model.text["vocab"])
         Config(**checkpoint["config"])  # refuses unknown keys
         return model, checkpoint
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(f"{path} is missing, damaged or of another program ({first_line(error)})")
 
@@ -427,8 +434,8 @@ def print_sample(model, n, vocab):
 
 
 # --- training -------------------------------------------------------------------------------------
-def train(given):
-    cfg, checkpoint = settle(given)
+def train(given, hooks={}):
+    cfg, checkpoint = settle(given, hooks)
     device = choose_device(cfg.device)
     if WORLD_SIZE > 1:
         if RANK == 0:
@@ -444,9 +451,14 @@ def train(given):
     torch.set_float32_matmul_precision("high")
     dtype = choose_dtype(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    raw_model = new_model(cfg, meta).to(device)
-    if checkpoint:
+    raw_model = new_model(cfg, meta)
+    if checkpoint and not cfg.resume:
         raw_model.load_state_dict(checkpoint["model"])
+    if "edit" in hooks:
+        hooks["edit"](raw_model)
+    if cfg.resume:
+        raw_model.load_state_dict(checkpoint["model"])
+    raw_model.to(device)
     optimizers = make_optimizers(raw_model, cfg, dtype)
     # iterations and seconds of training, bytes read, the last iteration that was evaluated, the
     # lowest validation loss, lines of log.jsonl
@@ -461,7 +473,8 @@ def train(given):
 
     def loss_of(model, x, y):
         with autocast:
-            return model(x.to(device), y.to(device))
+            x, y = x.to(device), y.to(device)
+            return hooks["loss"](model, x, y) if "loss" in hooks else model(x, y)
 
     out = open_out_dir(cfg, state)
     if cfg.compile:
@@ -476,6 +489,7 @@ def train(given):
             with whole_file(out / name) as file:
                 torch.save({"kind": type(raw_model).__name__, "sizes": asdict(raw_model.config),
                             "model": raw_model.state_dict(), "config": asdict(cfg), "data": meta,
+                            "hooks": {name: f.__code__.co_filename for name, f in hooks.items()},
                             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                             "state": vars(state)}, file)
 
@@ -525,10 +539,8 @@ def train(given):
             for micro_step in range(cfg.grad_accum):
                 batch = (state.iter * cfg.grad_accum + micro_step) * WORLD_SIZE + RANK
                 x, y = train_data.sequences(batch * cfg.batch_size, cfg.batch_size, cfg.seed)
-                last = micro_step == cfg.grad_accum - 1  # when ranks exchange gradients
-                with nullcontext() if last or WORLD_SIZE == 1 else model.no_sync():
-                    loss = loss_of(model, x, y)
-                    (loss / cfg.grad_accum).backward()
+                loss = loss_of(model, x, y)
+                (loss / cfg.grad_accum).backward()
                 nats += loss.detach() * y.numel()
                 state.bytes += train_data.count_bytes(y) * WORLD_SIZE  # about: of other ranks, too
             at_log = (state.iter + 1) % cfg.log_interval == 0
@@ -568,7 +580,7 @@ ADVICE = {"out of memory|allocate memory": "halve --batch_size and double --grad
 
 def main():
     try:
-        train(parse(sys.argv[1:]))
+        train(*parse(sys.argv[1:]))
         if WORLD_SIZE > 1:  # after the model has gone, as DDP can hang otherwise
             dist.destroy_process_group()
     except RuntimeError as error:  # by torch

@@ -135,7 +135,7 @@ def test_compressors(workdir, call):
 
 def train_tiny(out, *more):
     """A short training run; what its log ends with."""
-    T.train(T.parse([*TINY, "--dataset=tiny", f"--out_dir={out}", "--max_iters=10",
+    T.train(*T.parse([*TINY, "--dataset=tiny", f"--out_dir={out}", "--max_iters=10",
                      "--eval_interval=5", *more]))
     return json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
 

@@ -26,7 +26,7 @@ RUN = [*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=600", "--eval_inte
 
 
 def train(*arguments):
-    T.train(T.parse(arguments))
+    T.train(*T.parse(arguments))
 
 
 def checkpoint(path):
@@ -427,19 +427,6 @@ def test_resume_with_another_number_of_ranks(workdir):
     train("--out_dir=run", "--resume", "--max_iters=80")
     val = {e["iter"]: e["val_bpb"] for e in read_log("run") if "val_bpb" in e}
     assert list(val) == [20, 40, 60, 80] and val[80] < val[40] < val[20]
-
-
-def test_ranks_read_disjoint_windows(workdir):
-    """Over an epoch, two ranks together read every window once."""
-    data = T.Data(Path("data/tiny"), "train", T.load_meta(Path("data/tiny")), 64)
-    n_windows, batch_size, read = len(data.ids) // 64 - 1, 4, []
-    for iteration in range(n_windows // (2 * batch_size)):
-        for rank in range(2):
-            x, _ = data.sequences((iteration * 2 + rank) * batch_size, batch_size, seed=3)
-            read += x.tolist()
-    order, offset = T.epoch_order(n_windows, 64, 3, 0)
-    windows = [data.ids[offset + i * 64 : offset + i * 64 + 64].tolist() for i in order]
-    assert read == windows[: len(read)] and len(set(order.tolist())) == n_windows
 
 
 def test_same_seed_same_log(workdir):

@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         P.prepare(["a.txt"], name="cats")
-        T.train(T.parse([*TINY, "--dataset=cats", "--out_dir=out", "--max_iters=150"]))
+        T.train(*T.parse([*TINY, "--dataset=cats", "--out_dir=out", "--max_iters=150"]))
     return folder
 
 
@@ -168,7 +168,7 @@ def test_numbers_at_the_ends_of_their_ranges(model):
 
 def test_the_baseline_writes_and_scores(workdir, gpt2):
     P.prepare(["texts"], name="tiny", tokenizer="gpt2", val="val.txt")
-    T.train(T.parse([*TINY, "--dataset=tiny", "--tokenizer=gpt2", "--model=gpt", "--n_embd=16",
+    T.train(*T.parse([*TINY, "--dataset=tiny", "--tokenizer=gpt2", "--model=gpt", "--n_embd=16",
                      "--out_dir=baseline", "--max_iters=3"]))
     model = S.load("baseline")
     assert len(S.write(model, "the model", max_new_bytes=30, seed=0).encode()) > 0
