@@ -19,12 +19,12 @@ import json
 import math
 import os
 import re
-import runpy
 import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import count
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -108,7 +108,10 @@ def parse(arguments):
             raise BadInput(f"{argument}: expected a config file (.py) or --key=value")
         else:
             try:
-                values |= runpy.run_path(argument)
+                spec = spec_from_file_location(f"config.{Path(argument).stem}", argument)
+                sys.modules[spec.name] = module_from_spec(spec)  # where torch.compile looks
+                spec.loader.exec_module(sys.modules[spec.name])
+                values |= vars(sys.modules[spec.name])
             except Exception as error:
                 raise BadInput(f"config file {argument}: {first_line(error)}")
     hooks = {name: values[name] for name in ("edit", "loss") if callable(values.get(name))}
@@ -456,8 +459,6 @@ def train(given, hooks={}):
         raw_model.load_state_dict(checkpoint["model"])
     if "edit" in hooks:
         hooks["edit"](raw_model)
-    if cfg.resume:
-        raw_model.load_state_dict(checkpoint["model"])
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, cfg, dtype)
     # iterations and seconds of training, bytes read, the last iteration that was evaluated, the
@@ -482,6 +483,8 @@ def train(given, hooks={}):
         # CUDA graphs, as a GPU runs small kernels faster than Python starts them
         graphs = device.type == "cuda" and WORLD_SIZE == cfg.grad_accum == 1
         compile_model(raw_model, loss_of, x, y, "reduce-overhead" if graphs else None)
+    if cfg.resume:  # only now, as a loss() may have changed buffers while it was compiled
+        raw_model.load_state_dict(checkpoint["model"])
     model = torch.nn.parallel.DistributedDataParallel(raw_model) if WORLD_SIZE > 1 else raw_model
 
     def save(name):
