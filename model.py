@@ -449,5 +449,5 @@ def build(kind, config, weights, edit=None):
             model = kind(config)
             if edit:
                 edit(model)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict(dict(weights), assign=True)  # a copy, as torch notes assign in it
     return model
