@@ -445,7 +445,7 @@ def build(kind, config, weights, edit=None):
     if not possible or config.n_layer + config.n_encoder + config.n_decoder > len(weights):
         raise ValueError("its config claims sizes that its weights do not have")
     for device in "meta", "cpu":  # first shapes alone, without memory
-        with torch.device(device):
+        with torch.device(device), torch.random.fork_rng(devices=[]):
             model = kind(config)
             if edit:
                 edit(model)

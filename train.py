@@ -439,6 +439,8 @@ def print_sample(model, n, vocab):
 # --- training -------------------------------------------------------------------------------------
 def train(given, hooks={}):
     cfg, checkpoint = settle(given, hooks)
+    if "loss" in hooks and WORLD_SIZE > 1:
+        raise BadInput("loss() of a config file: expected one process, not torchrun")
     device = choose_device(cfg.device)
     if WORLD_SIZE > 1:
         if RANK == 0:

@@ -1,0 +1,120 @@
+"""
+Self-play: a model learns tic-tac-toe by playing both sides of it, in bytes (SPIRAL, arXiv
+2506.24119). A game is a text, its moves, digits from 1 to 9. First the model learns random games as
+any text; then it plays itself, and REINFORCE makes a winner's moves likelier: a result counts
+relative to the running mean of its role's results. The second command asks for the moves so far.
+
+    python -m config.selfplay    # all of it, and a control with random games only
+    python sample.py --out_dir=config/selfplay.py --temperature=0 --max_new_bytes=1
+"""
+import json
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+
+from model import SEPARATOR, pick
+
+out_dir = "out/selfplay"
+init_from = "out/games/ckpt.pt"
+dataset = "games"
+patcher = "fixed:1"
+block_size = max_patches = 64
+n_layer = n_head = 3
+n_embd = 96
+d_byte = batch_size = 64
+n_ngram = 4000
+max_iters = 1500
+learning_rate = 0.003
+adam_learning_rate = 0.002
+compile = False  # each move is another shape
+
+GAMES = 256         # played at once
+ILLEGAL = -1.5      # the result of who makes an illegal move; a loss is -1
+ENTROPY = 0.08      # weight of the entropy of the moves: keeps it from playing one game only
+ONE = ord("1") + 256  # the symbol of the first square
+LINES = torch.tensor([[int(i) for i in line] for line in
+                      "012 345 678 036 147 258 048 246".split()])
+
+
+def play(players, n, n_random=0):
+    """Plays n games of two players, functions of the moves so far (n, t) and the board (n, 9), 1 =
+    own, -1 = the other's, after n_random random moves. Returns the moves (n, 9), -1 after the end,
+    and the results of X, who begins, and of O (n, 2)."""
+    moves, board = torch.full((n, 9), -1), torch.zeros(n, 9, dtype=torch.long)
+    results, running = torch.zeros(n, 2), torch.ones(n, dtype=torch.bool)
+    for t in range(9):
+        player = players[t % 2] if t >= n_random else random_player
+        move = player(moves[:, :t], board)
+        moves[running, t] = move[running]
+        legal = (0 <= move) & (move < 9) & (board.gather(1, move.clamp(0, 8)[:, None])[:, 0] == 0)
+        results[running & ~legal, t % 2] = ILLEGAL
+        running &= legal
+        board[running, move[running]] = 1
+        won = running & (board[:, LINES].sum(-1) == 3).any(-1)
+        results[won, t % 2], results[won, 1 - t % 2] = 1, -1
+        running &= ~won
+        board = -board  # it is the other's turn
+    return moves, results
+
+
+def random_player(moves, board):
+    return torch.multinomial((board == 0).float() + 1e-9, 1)[:, 0]
+
+
+@lru_cache(None)
+def solve(board):
+    """The result of who is to move, with the 1s, if both play perfectly, and the moves for it."""
+    if any(all(board[i] == -1 for i in line) for line in LINES.tolist()):
+        return -1, []
+    values = {i: -solve(tuple(-square for square in (*board[:i], 1, *board[i + 1 :])))[0]
+              for i in range(9) if board[i] == 0}
+    best = max(values.values(), default=0)
+    return best, [i for i in values if values[i] == best]
+
+
+def perfect_player(moves, board):
+    best = [solve(tuple(row))[1] or [0] for row in board.tolist()]
+    return torch.tensor([moves[torch.randint(len(moves), ())] for moves in best])
+
+
+@torch.no_grad()
+def model_player(model, moves, board, temperature=1.0):
+    x = F.pad(moves.clamp(min=0) + ONE, (1, 0), value=SEPARATOR)  # (n, 1 + t)
+    return pick(model(x)[:, -1], temperature) - ONE
+
+
+def edit(model):
+    model.register_buffer("role_means", torch.zeros(2))  # running means of the results of X and O
+
+
+def loss(model, x, y):
+    n_random = int(torch.randint(5, ()))  # so that it meets every kind of board
+    moves, results = play([partial(model_player, model)] * 2, GAMES, n_random)
+    model.role_means.lerp_(results.mean(0), 0.05)
+    advantage = (results - model.role_means).repeat(1, 5)[:, :9]  # (GAMES, 9) X, O, X, ...
+    log_p = model(F.pad(moves.clamp(min=0) + ONE, (1, -1), value=SEPARATOR)).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)  # (GAMES, 9)
+    log_p = log_p.gather(-1, (moves + ONE)[..., None])[..., 0]
+    own = (moves != -1) & (torch.arange(9) >= n_random)  # the moves that the model chose
+    return -((advantage * log_p + ENTROPY * entropy) * own).sum() / GAMES
+
+
+if __name__ == "__main__":
+    import prepare, sample, train
+    with open("games.jsonl", "w") as file:
+        for game in play([random_player] * 2, 20_000)[0].tolist():
+            print(json.dumps({"text": "".join(str(i + 1) for i in game if i >= 0)}), file=file)
+    prepare.prepare(["games.jsonl"], dataset, patcher)
+    given, hooks = train.parse([__file__])
+    train.train(given | {"out_dir": "out/games", "init_from": "", "max_iters": 500})
+    train.train(given | {"out_dir": "out/more_games"})
+    train.train(given, hooks)
+    for name in "out/games", "out/more_games", __file__:
+        print(f"{name}, of 1,000 games: won, drawn, lost, illegal")
+        own = partial(model_player, sample.load(name), temperature=0)
+        for other in random_player, perfect_player:
+            for role, players in enumerate([(own, other), (other, own)]):
+                results = play(players, 1000)[1][:, role]
+                counts = [(results == result).sum().item() for result in (1, 0, -1, ILLEGAL)]
+                print(f"as {'XO'[role]} against {other.__name__}: {counts}")
