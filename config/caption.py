@@ -51,7 +51,9 @@ def nats(model, pixels, labels):
     y = nn.utils.rnn.pad_sequence(WORDS, batch_first=True, padding_value=-100)[labels]  # (n, 6)
     x = F.pad(y[:, :-1], (1, 0), value=SEPARATOR).clamp(min=0)
     model.pixels = pixels
-    return model(x, y, reduction="none").view(y.shape).sum(1)
+    loss = model(x, y, reduction="none").view(y.shape).sum(1)
+    model.pixels = None
+    return loss
 
 
 def loss(model, x, y):

@@ -27,14 +27,14 @@ n_ngram = 4000
 max_iters = 1500
 learning_rate = 0.003
 adam_learning_rate = 0.002
+eval_interval = 1_000_000  # only at the end: best.pt is to be the last
 compile = False  # each move is another shape
 
 GAMES = 256         # played at once
 ILLEGAL = -1.5      # the result of who makes an illegal move; a loss is -1
 ENTROPY = 0.08      # weight of the entropy of the moves: keeps it from playing one game only
 ONE = ord("1") + 256  # the symbol of the first square
-LINES = torch.tensor([[int(i) for i in line] for line in
-                      "012 345 678 036 147 258 048 246".split()])
+LINES = torch.tensor([[*map(int, line)] for line in "012 345 678 036 147 258 048 246".split()])
 
 
 def play(players, n, n_random=0):

@@ -53,8 +53,8 @@ def loss(model, x, y):
 
 
 if __name__ == "__main__":
-    real = np.fromfile("data/stdlib/val.bin", np.uint16)[: 500 * 256].astype(np.int64)
-    real, judge = torch.from_numpy(real).view(-1, 256), load("out/judge", "cpu", 256)
+    ids = torch.from_numpy(np.fromfile("data/stdlib/val.bin", np.uint16).astype(np.int64))
+    real, judge = torch.stack(ids.split(256)[:-1][:500]), load("out/judge", "cpu", 256)
     for path in "out/quick", "out/spin_1/ckpt.pt", "out/spin_0/ckpt.pt":
         torch.manual_seed(1)
         written = rewrite(load(path, "cpu", 256), real)
