@@ -189,7 +189,8 @@ def runs(folders, figure):
 
 def read_run(folder):
     """A run's row of the table, and its validation curve as a list of (minutes, bits per byte)."""
-    model, _ = T.load_checkpoint(folder / "ckpt.pt")
+    folder, edit = S.folder_and_edit(folder)
+    model, _ = T.load_checkpoint(folder / "ckpt.pt", edit)
     path, log = folder / "log.jsonl", []
     for line in path.read_text().splitlines():
         try:

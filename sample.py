@@ -24,7 +24,7 @@ import torch
 from model import GPT, from_pretrained, pick, stream_ids
 from prepare import (BadInput, Parser, bytes_of_ids, decode, encode, first_line, printable, run,
                      separator_of, whole_file)
-from train import choose_device, load_checkpoint, parse
+from train import Config, choose_device, load_checkpoint, parse
 
 NUMBERS = {  # option: the least and the most that it may be, its default, what it means
     "max_new_bytes": (0, 10**9, 300, "length of a sample"),
@@ -45,24 +45,30 @@ def check(**options):
             raise BadInput(f"{name}={value}: expected {least} to {most:,}")
 
 
-def load(out_dir, device="", block_size=None):
+def folder_and_edit(name):
+    """The folder of a run, and edit() of its config file or None. The name is that of the folder,
+    or of the config file, which an edited model needs."""
+    if not str(name).endswith(".py"):
+        return Path(name), None
+    given, hooks = parse([str(name)])
+    return Path(given.get("out_dir", Config.out_dir)), hooks.get("edit")
+
+
+def load(name, device="", block_size=None):
     """The model in a folder: best.pt or else ckpt.pt of a training run, or what save_pretrained()
-    wrote; out_dir may also be a checkpoint file, or the config file of a run, which a model that
-    its edit() changed needs. With block_size it looks further back."""
+    wrote. The name may also be of a checkpoint file, or of the config file of a run. With
+    block_size the model looks further back."""
     check(block_size=block_size)
-    hooks = {}
-    if str(out_dir).endswith(".py"):
-        given, hooks = parse([str(out_dir)])
-        out_dir = given["out_dir"]
-    if Path(out_dir, "config.json").is_file():
+    out_dir, edit = folder_and_edit(name)
+    if (out_dir / "config.json").is_file():
         try:
             model = from_pretrained(out_dir)
         except Exception as error:  # of either file's format
             raise BadInput(f"{out_dir} holds no model of save_pretrained() ({first_line(error)})")
     else:
-        paths = [Path(out_dir), Path(out_dir, "best.pt"), Path(out_dir, "ckpt.pt")]
+        paths = [out_dir, out_dir / "best.pt", out_dir / "ckpt.pt"]
         path = next((path for path in paths if path.is_file()), paths[-1])
-        model, _ = load_checkpoint(path, hooks.get("edit"))
+        model, _ = load_checkpoint(path, edit)
     if block_size is not None:
         model.set_block_size(block_size)
     return model.to(choose_device(device)).eval()

@@ -60,6 +60,8 @@ def test_the_readmes_own_experiment(workdir):
     model = S.load("typos.py")
     assert model.blocks[0].mlp is model.blocks[1].mlp
     assert len(S.write(model, "the ", max_new_bytes=20, seed=1)) > 0
+    done = run_script("bench.py", "runs", "typos.py", "--figure=runs.svg", cwd=workdir)
+    assert done.returncode == 0 and "typos" in done.stdout, done.stderr
     data = T.Data(Path("data/tiny"), "val", T.load_meta(Path("data/tiny")), 64)
     bpb = T.evaluate(model, data, 4, torch.autocast("cpu", enabled=False))
     assert bpb == pytest.approx(read_log("out/typos")[-1]["val_bpb"], rel=1e-3)
