@@ -647,21 +647,21 @@ def test_bad_files_get_one_clear_line(workdir):
 # --- the machine ----------------------------------------------------------------------------------
 def test_out_of_memory_says_what_to_do(monkeypatch):
     """What torch raises on a CPU, on a GPU, when another rank is gone and when a disk is full."""
-    def gpu(given):
+    def gpu(*given):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
 
-    def gone(given):
+    def gone(*given):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:525] Read error: Connection reset by peer")
 
-    def full(given):
+    def full(*given):
         raise RuntimeError("[enforce fail at inline_container.cc:626] . PytorchStreamWriter failed")
 
-    def wrong(given):
+    def wrong(*given):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     memory = "halve --batch_size and double --grad_accum"
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    for fails, advice in [(lambda given: torch.empty(2**50), memory), (gpu, memory),
+    for fails, advice in [(lambda *given: torch.empty(2**50), memory), (gpu, memory),
                           (gone, "another rank has gone: start again with --resume"),
                           (full, "is the disk full?"), (wrong, None)]:
         monkeypatch.setattr(T, "train", fails)
