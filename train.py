@@ -103,7 +103,7 @@ def parse(arguments):
             sys.exit()
         elif argument.startswith("--"):
             key, equals, value = argument[2:].partition("=")
-            values[key] = value if equals else True
+            values[key] = value if equals else "true"
         elif not argument.endswith(".py"):
             raise BadInput(f"{argument}: expected a config file (.py) or --key=value")
         else:
@@ -123,8 +123,6 @@ def parse(arguments):
             raise BadInput(f"unknown key {key}; did you mean {near[0]}?")
         kind, text = KEYS[key], str(value)
         try:
-            if value is True and kind is not bool:  # --key without =value
-                raise ValueError
             given[key] = dict(true=True, false=False)[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             raise BadInput(f"{key}={text}: expected a value of type {kind.__name__}")

@@ -556,7 +556,7 @@ def test_bad_keys_get_one_clear_line(tmp_path, monkeypatch):
         (["n_layer=4"], "n_layer=4: expected a config file (.py) or --key=value"),
         (["--n_layer=2.5"], "n_layer=2.5: expected a value of type int"),
         (["--compile=maybe"], "compile=maybe: expected a value of type bool"),
-        (["--learning_rate"], "learning_rate=True: expected a value of type float"),
+        (["--learning_rate"], "learning_rate=true: expected a value of type float"),
         (["--n_embd=100", "--n_head=3"], "expected a multiple of 2 * n_head"),
         (["--max_iters=0"], "a run needs an end"),
         (["--model=bert"], "expected stlm or gpt"),
