@@ -239,10 +239,9 @@ class STLM(LanguageModel):
         init_weights(self)
 
     def forward(self, x, y=None, reduction="mean", cache=None):
-        """Logits (B, N, 512) for symbols x (B, N), or the loss with the next symbols y (B, N), in
-        nats per symbol; y = -100 is left out, y (B, N, 512) are probabilities, reduction is
-        F.cross_entropy's. With y the bytes after max_patches patches go on with the last one, so
-        that all batches have one shape."""
+        """Logits (B, N, 512) for symbols x (B, N), or the loss with the next symbols y (B, N) or
+        their probabilities (B, N, 512), in nats; reduction and y = -100 are F.cross_entropy's. With
+        y the bytes after max_patches patches go on with the last: all batches have one shape."""
         B, N = x.shape
         z, open_hash = self.embed(x, cache)                  # (B, N, d_byte), (B, N)
         z = self.encoder(z)
