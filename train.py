@@ -437,6 +437,7 @@ def print_sample(model, n, vocab):
 # --- training -------------------------------------------------------------------------------------
 def train(given, hooks={}):
     cfg, checkpoint = settle(given, hooks)
+    hook_files = {name: hook.__code__.co_filename for name, hook in hooks.items()}
     if "loss" in hooks and WORLD_SIZE > 1:
         raise BadInput("loss() of a config file: expected one process, not torchrun")
     device = choose_device(cfg.device)
@@ -492,9 +493,9 @@ def train(given, hooks={}):
             with whole_file(out / name) as file:
                 torch.save({"kind": type(raw_model).__name__, "sizes": asdict(raw_model.config),
                             "model": raw_model.state_dict(), "config": asdict(cfg), "data": meta,
-                            "hooks": {name: f.__code__.co_filename for name, f in hooks.items()},
-                            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                            "state": vars(state)}, file)
+                            "hooks": hook_files, "state": vars(state),
+                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
+                           file)
 
     def log(text, **entry):
         with suppress(BrokenPipeError):  # whoever reads the output may be gone
