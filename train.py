@@ -109,9 +109,10 @@ def parse(arguments):
         else:
             try:
                 spec = spec_from_file_location(f"config.{Path(argument).stem}", argument)
-                sys.modules[spec.name] = module_from_spec(spec)  # where torch.compile looks
-                spec.loader.exec_module(sys.modules[spec.name])
-                values |= vars(sys.modules[spec.name])
+                module = module_from_spec(spec)
+                sys.modules[spec.name] = module  # where torch.compile looks for its functions
+                spec.loader.exec_module(module)
+                values |= vars(module)
             except Exception as error:
                 raise BadInput(f"config file {argument}: {first_line(error)}")
     hooks = {name: values[name] for name in ("edit", "loss") if callable(values.get(name))}
@@ -198,14 +199,15 @@ class Data:
         n_windows = math.ceil(len(self.ids) / N)
         n_scored = max(1, int(n_windows * min(1, n_bytes / self.n_bytes)))
         windows = np.linspace(0, n_windows - 1, n_scored).astype(int)[RANK::WORLD_SIZE]
-        ids = np.append(np.uint16(self.separator), self.ids)  # which the first byte follows
         for i in range(0, len(windows), batch_size):
-            x = torch.full((batch_size, N), self.separator)
+            x = torch.full((batch_size, N), self.separator)  # also what the first byte follows
             y = torch.full((batch_size, N), -100)
             for row, begin in enumerate(windows[i : i + batch_size] * N):
-                window = torch.from_numpy(ids[begin : begin + N + 1].astype(np.int64))
-                x[row, : len(window) - 1] = window[:-1]
-                y[row, : len(window) - 1] = window[1:]
+                ids = torch.from_numpy(self.ids[begin : begin + N].astype(np.int64))
+                y[row, : len(ids)] = ids
+                x[row, 1 : len(ids)] = ids[:-1]
+                if begin > 0:
+                    x[row, 0] = int(self.ids[begin - 1])
             yield x, y
 
 

@@ -63,8 +63,8 @@ naïve |café, |Привіт, |«|світе»!
 
 @pytest.mark.parametrize("line", SCRIPTS.split("\n"))
 def test_words_of_every_script(line):
-    """Punctuation of any script is no letter; scripts without spaces get a patch for
-    each letter; no patch ends inside a character."""
+    """Punctuation of any script is no letter; scripts without spaces get a patch for each letter;
+    no patch ends inside a character."""
     patches = cut(line.replace("|", "").encode())
     assert "|".join(patch.decode() for patch in patches) == line  # decode() raises inside of one
 

@@ -528,7 +528,7 @@ def test_config_files_and_keys(tmp_path):
     config.write_bytes(b'import math\r\n_hidden = 1\r\nlearning_rate = 1\r\nout_dir = "a=b"\r\n'
                        b"max_iters = 5_000\r\n")
     given, _ = T.parse([str(config), "--max_iters=7_0", "--compile=False", "--out_dir=c=d",
-                     "--resume"])
+                        "--resume"])
     assert given == {"learning_rate": 1.0, "out_dir": "c=d", "max_iters": 70, "compile": False,
                      "resume": True}
     assert type(given["learning_rate"]) is float
