@@ -5,6 +5,7 @@ Writes text with a trained model, or shows how much each byte of a text surprise
     python sample.py --out_dir=out/quick                       # asks for prompts
     python sample.py --out_dir=out/quick --score="import os"   # painted in the terminal
     python sample.py --out_dir=out/quick --score=FILE:model.py --html=surprise.html
+    python sample.py --out_dir=out/quick --page=quick.html     # the model itself, for a browser
 
 In a notebook: model = load("out/quick"); write(model, "def "); score(model, "import os")
 """
@@ -12,16 +13,19 @@ import argparse
 import codecs
 import html
 import io
+import json
 import sys
 import unicodedata
+from base64 import b64encode
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import regex
 import torch
 
-from model import GPT, from_pretrained, pick, stream_ids
+from model import GPT, STLM, from_pretrained, pick, stream_ids
 from prepare import (BadInput, Parser, bytes_of_ids, decode, encode, first_line, printable, run,
                      separator_of, whole_file)
 from train import Config, choose_device, load_checkpoint, parse
@@ -180,6 +184,27 @@ def paint_svg(text, bits, ends):
             f'<text x="10" y="25">{bits.mean():.3f} bits per byte</text>{cells}</svg>\n')
 
 
+# --- a page that holds the model ------------------------------------------------------------------
+def round_rows(p):
+    """A parameter (..., n) as int8 (..., n) and the scale of each row (..., 1)."""
+    scale = p.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+    return (p / scale).round().to(torch.int8), scale
+
+
+def save_page(model, path):
+    """Writes images/page.html with a model that a browser computes. Raises BadInput."""
+    weights, tensors = model.state_dict(), {}
+    if weights.keys() != STLM(model.config).state_dict().keys() or model.text["patcher"] != "words":
+        raise BadInput("--page: expected an STLM with --patcher=words and without edit()")
+    for name, p in weights.items():
+        integers, scales = (b64encode(part.cpu().numpy()).decode() for part in round_rows(p))
+        tensors[name] = {"columns": p.size(-1), "integers": integers, "scales": scales}
+    data = json.dumps({"config": asdict(model.config), "tensors": tensors})
+    page = Path(__file__).with_name("images").joinpath("page.html").read_text("utf-8")
+    with whole_file(path) as file:
+        file.write(page.replace(">MODEL<", f">{data}<").encode())
+
+
 # --- the command line -----------------------------------------------------------------------------
 def text_or_file(value):
     """The bytes that a user gives as --prompt or --score: the text itself, or FILE:path."""
@@ -205,6 +230,7 @@ def main():
     task.add_argument("--prompt", type=text_or_file, help="text, or FILE:path, to go on from")
     task.add_argument("--score", type=text_or_file, help="text, or FILE:path, to score instead")
     parser.add_argument("--html", metavar="PATH", help="paint the scored text here; also PATH.svg")
+    parser.add_argument("--page", metavar="PATH", help="write a page that holds the model, .html")
     parser.add_argument("--device", default="", help="cuda, mps or cpu")
     for name, (_, most, default, meaning) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=type(most), default=default, help=meaning)
@@ -213,11 +239,14 @@ def main():
     check(**options)
     if args.html and args.score is None:
         raise BadInput("--html shows a scored text: expected --score too")
-    if args.html and not args.html.endswith((".html", ".svg")):  # it may be the text by mistake
-        raise BadInput(f"--html={args.html}: expected a name that ends in .html or .svg")
+    for path in filter(None, (args.html, args.page)):
+        if not path.endswith((".html", ".svg")):  # it may be the text by mistake
+            raise BadInput(f"{path}: expected a name that ends in .html or .svg")
     model = load(args.out_dir, args.device, options.pop("block_size"))
 
-    if args.score is not None:
+    if args.page:
+        save_page(model, args.page)
+    elif args.score is not None:
         bits, ends = score(model, args.score)
         if args.html:
             with whole_file(args.html) as file:  # in ASCII, which .html and .svg both understand

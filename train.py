@@ -321,7 +321,8 @@ def choose_device(name):
     if name == "cuda" and WORLD_SIZE > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(1, device=name).device
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device={name} does not work here ({first_line(error)})")
 
