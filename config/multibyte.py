@@ -18,7 +18,7 @@ from config.quick import *
 
 ORDER = os.environ.get("ORDER", "reverse")
 AHEAD = 3    # how many symbols after the next one
-STAGE = 150  # steps after which one of them leaves or comes
+STAGE = 75   # steps after which one of them leaves or comes
 out_dir = f"out/multibyte_{ORDER}"
 
 

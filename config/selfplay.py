@@ -8,12 +8,12 @@ relative to the running mean of its role's results. The second command asks for 
     python sample.py --out_dir=config/selfplay.py --temperature=0 --max_new_bytes=1
 """
 import json
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-from model import SEPARATOR, pick
+from model import SEPARATOR, Cache, pick
 
 out_dir = "out/selfplay"
 init_from = "out/games/ckpt.pt"
@@ -22,7 +22,8 @@ patcher = "fixed:1"
 block_size = max_patches = 64
 n_layer = n_head = 3
 n_embd = 96
-d_byte = batch_size = 64
+d_byte = 64
+batch_size = 32  # about 256 games, too
 n_ngram = 4000
 max_iters = 1500
 learning_rate = 0.003
@@ -78,10 +79,23 @@ def perfect_player(moves, board):
     return torch.tensor([moves[torch.randint(len(moves), ())] for moves in best])
 
 
-@torch.no_grad()
-def model_player(model, moves, board, temperature=1.0):
-    x = F.pad(moves.clamp(min=0) + ONE, (1, 0), value=SEPARATOR)  # (n, 1 + t)
-    return pick(model(x)[:, -1], temperature) - ONE
+def as_symbols(moves):  # (n, t) to (n, 1 + t)
+    return F.pad(moves.clamp(min=0) + ONE, (1, 0), value=SEPARATOR)
+
+
+class ModelPlayer:  # a new one for each play()
+    def __init__(self, model, temperature=1.0):
+        self.model, self.temperature, self.cache = model, temperature, None
+
+    @torch.no_grad()
+    def __call__(self, moves, board):
+        x = as_symbols(moves)
+        if self.cache is None:
+            self.cache = Cache(len(x), 9, x.device)
+            logits = self.model(x, cache=self.cache)[:, -1]
+        for symbol in x[:, self.cache.n :].unbind(1):
+            logits = self.model.step(symbol, self.cache)
+        return pick(logits, self.temperature) - ONE
 
 
 def edit(model):
@@ -90,10 +104,10 @@ def edit(model):
 
 def loss(model, x, y):
     n_random = int(torch.randint(5, ()))  # so that it meets every kind of board
-    moves, results = play([partial(model_player, model)] * 2, GAMES, n_random)
+    moves, results = play([ModelPlayer(model)] * 2, GAMES, n_random)
     model.role_means.lerp_(results.mean(0), 0.05)
     advantage = (results - model.role_means).repeat(1, 5)[:, :9]  # (GAMES, 9) X, O, X, ...
-    log_p = model(F.pad(moves.clamp(min=0) + ONE, (1, -1), value=SEPARATOR)).log_softmax(-1)
+    log_p = model(as_symbols(moves)[:, :-1]).log_softmax(-1)  # (GAMES, 9, 512)
     entropy = -(log_p.exp() * log_p).sum(-1)  # (GAMES, 9)
     log_p = log_p.gather(-1, (moves + ONE)[..., None])[..., 0]
     own = (moves != -1) & (torch.arange(9) >= n_random)  # the moves that the model chose
@@ -107,14 +121,14 @@ if __name__ == "__main__":
             print(json.dumps({"text": "".join(str(i + 1) for i in game if i >= 0)}), file=file)
     prepare.prepare(["games.jsonl"], dataset, patcher)
     given, hooks = train.parse([__file__])
-    train.train(given | {"out_dir": "out/games", "init_from": "", "max_iters": 500})
+    train.train(given | {"out_dir": "out/games", "init_from": "", "max_iters": 300})
     train.train(given | {"out_dir": "out/more_games"})
     train.train(given, hooks)
     for name in "out/games", "out/more_games", __file__:
         print(f"{name}, of 1,000 games: won, drawn, lost, illegal")
-        own = partial(model_player, sample.load(name), temperature=0)
         for other in random_player, perfect_player:
-            for role, players in enumerate([(own, other), (other, own)]):
-                results = play(players, 1000)[1][:, role]
+            for role in 0, 1:
+                own = ModelPlayer(sample.load(name), temperature=0)
+                results = play([(own, other), (other, own)][role], 1000)[1][:, role]
                 counts = [(results == result).sum().item() for result in (1, 0, -1, ILLEGAL)]
                 print(f"as {'XO'[role]} against {other.__name__}: {counts}")
