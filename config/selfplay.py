@@ -7,7 +7,6 @@ relative to the running mean of its role's results. The second command asks for 
     python -m config.selfplay    # all of it, and a control with random games only
     python sample.py --out_dir=config/selfplay.py --temperature=0 --max_new_bytes=1
 """
-import json
 from functools import lru_cache
 
 import torch
@@ -19,11 +18,10 @@ out_dir = "out/selfplay"
 init_from = "out/games/ckpt.pt"
 dataset = "games"
 patcher = "fixed:1"
-block_size = max_patches = 64
-n_layer = n_head = 3
-n_embd = 96
-d_byte = 64
-batch_size = 32  # about 256 games, too
+block_size = max_patches = n_embd = d_byte = 64
+batch_size = 32  # about as many random games as are played in an update
+n_layer = 3
+n_head = 2
 n_ngram = 4000
 max_iters = 1500
 learning_rate = 0.003
@@ -45,8 +43,7 @@ def play(players, n, n_random=0):
     moves, board = torch.full((n, 9), -1), torch.zeros(n, 9, dtype=torch.long)
     results, running = torch.zeros(n, 2), torch.ones(n, dtype=torch.bool)
     for t in range(9):
-        player = players[t % 2] if t >= n_random else random_player
-        move = player(moves[:, :t], board)
+        move = (players[t % 2] if t >= n_random else random_player)(moves[:, :t], board)
         moves[running, t] = move[running]
         legal = (0 <= move) & (move < 9) & (board.gather(1, move.clamp(0, 8)[:, None])[:, 0] == 0)
         results[running & ~legal, t % 2] = ILLEGAL
@@ -80,7 +77,7 @@ def perfect_player(moves, board):
 
 
 def as_symbols(moves):  # (n, t) to (n, 1 + t)
-    return F.pad(moves.clamp(min=0) + ONE, (1, 0), value=SEPARATOR)
+    return F.pad((moves.clamp(min=0) + ONE) % 512, (1, 0), value=SEPARATOR)
 
 
 class ModelPlayer:  # a new one for each play()
@@ -91,11 +88,11 @@ class ModelPlayer:  # a new one for each play()
     def __call__(self, moves, board):
         x = as_symbols(moves)
         if self.cache is None:
-            self.cache = Cache(len(x), 9, x.device)
+            self.cache = Cache(len(x), block_size, x.device)
             logits = self.model(x, cache=self.cache)[:, -1]
         for symbol in x[:, self.cache.n :].unbind(1):
             logits = self.model.step(symbol, self.cache)
-        return pick(logits, self.temperature) - ONE
+        return (pick(logits, self.temperature) - ONE) % 512  # 9 to 511 are illegal
 
 
 def edit(model):
@@ -107,9 +104,10 @@ def loss(model, x, y):
     moves, results = play([ModelPlayer(model)] * 2, GAMES, n_random)
     model.role_means.lerp_(results.mean(0), 0.05)
     advantage = (results - model.role_means).repeat(1, 5)[:, :9]  # (GAMES, 9) X, O, X, ...
-    log_p = model(as_symbols(moves)[:, :-1]).log_softmax(-1)  # (GAMES, 9, 512)
+    symbols = as_symbols(moves)  # (GAMES, 10)
+    log_p = model(symbols[:, :-1]).log_softmax(-1)  # (GAMES, 9, 512)
     entropy = -(log_p.exp() * log_p).sum(-1)  # (GAMES, 9)
-    log_p = log_p.gather(-1, (moves + ONE)[..., None])[..., 0]
+    log_p = log_p.gather(-1, symbols[:, 1:, None])[..., 0]
     own = (moves != -1) & (torch.arange(9) >= n_random)  # the moves that the model chose
     return -((advantage * log_p + ENTROPY * entropy) * own).sum() / GAMES
 
@@ -117,8 +115,8 @@ def loss(model, x, y):
 if __name__ == "__main__":
     import prepare, sample, train
     with open("games.jsonl", "w") as file:
-        for game in play([random_player] * 2, 20_000)[0].tolist():
-            print(json.dumps({"text": "".join(str(i + 1) for i in game if i >= 0)}), file=file)
+        for game in (play([random_player] * 2, 20_000)[0] + 1).tolist():
+            print('{"text": "%s"}' % "".join(map(str, filter(None, game))), file=file)
     prepare.prepare(["games.jsonl"], dataset, patcher)
     given, hooks = train.parse([__file__])
     train.train(given | {"out_dir": "out/games", "init_from": "", "max_iters": 300})
