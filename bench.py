@@ -192,10 +192,10 @@ def read_run(folder):
     folder, edit = S.folder_and_edit(folder)
     model, _ = T.load_checkpoint(folder / "ckpt.pt", edit)
     path, log = folder / "log.jsonl", []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            log.append(json.loads(line))
-        except ValueError:
+            log.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             print(f"{path}: a torn line is left out: {line[:50]}")
     if not log or not log[-1].get("all_of_val"):
         raise BadInput(f"{folder} is not finished: its last evaluation, of all text, is missing")

@@ -249,7 +249,7 @@ def text_files(folder):
             if path.is_file() and (packed or np.fromfile(path, np.uint8, 4096).all()):
                 yield path  # without a zero byte, as any UTF-8
             else:
-                print(f"left out, as it is no text: {path}")
+                print(f"left out, as it is no text: {printable(str(path))}")
 
 
 def find_files(inputs, temp):
@@ -273,7 +273,7 @@ def documents(path):
         import pyarrow.parquet
         for rows in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
             for text in rows["text"].to_pylist():
-                yield [(text or "").encode()]
+                yield [b"" if text is None else text.encode()]
         return
 
     opener = gzip.open if name.endswith(".gz") else lzma.open if name.endswith(".xz") else open
@@ -284,7 +284,7 @@ def documents(path):
         if regex.search(r"\.jsonl(\.gz|\.xz)?$", name):
             for line in file:
                 text = json.loads(line)["text"] if line.strip() else None
-                yield [(text or "").encode("utf-8", "surrogatepass")]
+                yield [b"" if text is None else text.encode("utf-8", "surrogatepass")]
         else:
             yield iter(partial(file.read, PIECE), b"")
 
@@ -378,6 +378,14 @@ def write_ids(path, pieces, patcher, vocab, sha256):
     return dict(counts, bytes_per_patch=counts["bytes"] / counts["patches"])
 
 
+def refuse_more_than_a_dataset(folder):
+    ours = {folder / name for name in ("train.bin", "val.bin", "meta.json")}
+    if folder.is_dir() and all(path in ours and path.is_file() for path in folder.iterdir()):
+        return
+    if os.path.lexists(folder):
+        raise BadInput(f"{folder} holds more than a dataset; expected another --name or --data_dir")
+
+
 def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", val_fraction=0.05,
             val=None, data_dir="data"):
     """Writes a dataset and returns its folder, data_dir/folder_name(...). Raises BadInput.
@@ -388,18 +396,15 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
         raise BadInput(f"--tokenizer={tokenizer}: expected bytes, gpt2 or bpe:N, N = 258 to 65535")
     if not 0 < val_fraction < 1:
         raise BadInput(f"--val_fraction={val_fraction} must lie between 0 and 1")
-    val_inputs = [val] if val else []
+    val_inputs = [] if val is None else [val]
     if [*inputs, *val_inputs].count("-") > (sys.stdin is not None):
         raise BadInput("-: standard input is closed, or given twice: expected it once")
     stem = regex.sub(r"\W+", "-", Path(inputs[0]).absolute().name.split(".")[0]).strip("-")
     if not name and stem in KNOWN and stem != inputs[0]:
         raise BadInput(f"{inputs[0]}: expected a --name, as {stem} is a known dataset's")
     folder = Path(data_dir) / folder_name(name or stem or "text", patcher, tokenizer)
-    target = folder.resolve()  # where it leads to, if it is a link
-    ours = {"train.bin", "val.bin", "meta.json"}
-    if target.exists() and not (target.is_dir() and ours.issuperset(os.listdir(target))):
-        raise BadInput(f"{folder} holds more than a dataset; expected another --name or --data_dir")
-
+    target = Path(os.path.realpath(folder))  # where it leads to, if it is a link
+    refuse_more_than_a_dataset(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temp:
         new = Path(temp, "new")
@@ -407,7 +412,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
         with open(Path(temp, "text"), "w+b") as file:  # all the text, as streams are read only once
             paths, val_paths = (list(find_files(names, temp)) for names in (inputs, val_inputs))
             begins, ends, hashes = collect(paths, file)
-            if val:
+            if val_inputs:
                 *val_bounds, val_hashes = collect(val_paths, file)
                 apart = ~np.isin(hashes, val_hashes)  # documents that are not held out
                 parts = {"train": (begins[apart], ends[apart]), "val": val_bounds}
@@ -433,6 +438,7 @@ def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", v
                  "vocab": vocab}
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
 
+        refuse_more_than_a_dataset(target)
         while new.exists():  # again if another run has put its folder there meanwhile
             with suppress(FileNotFoundError):
                 target.rename(mkdtemp(dir=temp))
@@ -451,7 +457,7 @@ def whole_file(path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadInput(f"{path} is no regular file: expected another name to write to")
     path = os.path.realpath(path)
-    temp = f"{path}.tmp"
+    temp = f"{path}.unfinished"
     try:
         with open(temp, "wb") as file:
             yield file
@@ -468,8 +474,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script. What its user can fix ends it with one line and exit code 2."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")  # characters that it cannot show
+    for name in "stdout", "stderr":
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # None: it was closed
+        getattr(sys, name).reconfigure(errors="replace")  # characters that it cannot show
     try:
         main()
         print(end="", flush=True)

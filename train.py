@@ -95,7 +95,7 @@ MAY_BE_ZERO = {"max_patches", "window", "n_encoder", "n_decoder", "seed", "max_i
 def parse(arguments):
     """Config files and --key=value, the later wins: {key: value} and {"edit" or "loss": function}.
     """
-    values, given = {}, {}
+    values, given, hooks = {}, {}, {}
     for argument in arguments:
         if argument in ("-h", "--help"):
             print(f"{__doc__}\nKeys, each as --key=value:")
@@ -112,13 +112,15 @@ def parse(arguments):
                 module = module_from_spec(spec)
                 sys.modules[spec.name] = module  # where torch.compile looks for its functions
                 spec.loader.exec_module(module)
-                values |= vars(module)
             except Exception as error:
                 raise BadInput(f"config file {argument}: {first_line(error)}")
-    hooks = {name: values[name] for name in ("edit", "loss") if callable(values.get(name))}
+            for key, value in vars(module).items():
+                if callable(value) and key in ("edit", "loss"):
+                    hooks[key] = value
+                elif not (key[0] == "_" or key.isupper() or callable(value)
+                          or isinstance(value, ModuleType)):
+                    values[key] = value
     for key, value in values.items():
-        if key[0] == "_" or key.isupper() or callable(value) or isinstance(value, ModuleType):
-            continue
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1) or ["--help"]
             raise BadInput(f"unknown key {key}; did you mean {near[0]}?")
@@ -407,8 +409,10 @@ def open_out_dir(cfg, state):
     """out_dir, new or with the log up to the checkpoint."""
     out = Path(cfg.out_dir)
     if RANK == 0:
-        if (out / "ckpt.pt").exists() and not cfg.resume:  # never over an earlier run
-            if not {"ckpt.pt", "best.pt", "log.jsonl", "loss.png"}.issuperset(os.listdir(out)):
+        ours = {"ckpt.pt", "best.pt", "log.jsonl", "loss.png"}
+        names = set(os.listdir(out) if out.is_dir() else [])
+        if names & ours and not cfg.resume:  # never over an earlier run
+            if names - ours:
                 raise BadInput(f"out_dir={out} holds more than a run: expected another name")
             free = next(n for n in count(1) if not os.path.lexists(f"{out}.{n}"))
             print(f"the earlier run in {out} is now in {out.rename(f'{out}.{free}')}")

@@ -54,12 +54,12 @@ def test_killed_at_12_moments(workdir):
                 if "to train on" in line if kill % 2 else n_seen == 2:
                     break
             if kill % 2:  # in the middle of writing a checkpoint
-                while not Path("run/ckpt.pt.tmp").exists() and process.poll() is None:
+                while not Path("run/ckpt.pt.unfinished").exists() and process.poll() is None:
                     pass
             else:
                 time.sleep(rng.uniform(0, 0.4))
             process.kill()
-        halfway += Path("run/ckpt.pt.tmp").exists()
+        halfway += Path("run/ckpt.pt.unfinished").exists()
         if Path("run/ckpt.pt").exists():
             now = checkpoint("run/ckpt.pt")["state"]["iter"]
             whole_lines = Path("run/log.jsonl").read_text().split("\n")[:-1]
@@ -123,7 +123,7 @@ def test_full_disk(workdir):
         assert_one_clear_line(done)
         assert "o space left" in done.stderr or "is the disk full?" in done.stderr
         assert Path("small/run/ckpt.pt").read_bytes() == kept
-        assert not list(Path("small/run").glob("*.tmp"))
+        assert not list(Path("small/run").glob("*.unfinished"))
         filler.unlink()
         done = run_script("train.py", *resume, cwd=workdir)
         assert done.returncode == 0, done.stderr

@@ -269,7 +269,7 @@ def test_two_at_once(tmp_path):
 
 
 def test_bad_input_gets_one_clear_line(tmp_path):
-    folders = ["empty", "mine", "data/other"]
+    folders = ["empty", "mine", "data/other", "data/odd/train.bin"]
     files = {
         "a.txt": b"hello world\n" * 100,
         "none.txt": b"",
@@ -279,6 +279,7 @@ def test_bad_input_gets_one_clear_line(tmp_path):
         "bad.jsonl": b'{"text": "1"}\n{"txt": 1}\n',
         "list.jsonl": b"[1]\n",
         "deep.jsonl": b"[" * 100_000,
+        "zero.jsonl": b'{"text": 0}\n',
         "short.jsonl.gz": gzip.compress(json.dumps({"text": prose(9000).decode()}).encode())[:-99],
         "short.xz": lzma.compress(prose(9000))[:-99],
         "packed": gzip.compress(b"hello"),
@@ -293,6 +294,7 @@ def test_bad_input_gets_one_clear_line(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "data/loop").symlink_to("loop")
     for arguments, expected in [
         (["missing.txt"], "missing.txt: no such file or folder"),
         (["empty"], "too little text in empty"),
@@ -312,6 +314,7 @@ def test_bad_input_gets_one_clear_line(tmp_path):
         (["bad.jsonl"], "bad.jsonl, document 2"),
         (["list.jsonl"], "list.jsonl, document 1"),
         (["deep.jsonl"], "deep.jsonl, document 1"),
+        (["zero.jsonl"], "zero.jsonl, document 1"),
         (["short.jsonl.gz"], "short.jsonl.gz"),
         (["short.xz"], "short.xz"),
         (["packed"], "a name that ends in .gz or .xz"),
@@ -324,12 +327,15 @@ def test_bad_input_gets_one_clear_line(tmp_path):
         ([""], "no such file or folder"),
         (["a.txt", "--name=other"], "data/other holds more than a dataset"),
         (["mine", "--data_dir=."], "mine holds more than a dataset"),
+        (["a.txt", "--name=odd"], "data/odd holds more than a dataset"),
+        (["a.txt", "--name=loop"], "data/loop holds more than a dataset"),
+        (["a.txt", "--val="], "no such file or folder"),
         (["a.txt", "--name=.."], "holds more than a dataset"),
     ]:
         done = run_script("prepare.py", *arguments, cwd=tmp_path, input="")
         assert_one_clear_line(done, expected)
     assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
-    assert os.listdir(tmp_path / "data") == ["other"]  # nothing is left behind
+    assert sorted(os.listdir(tmp_path / "data")) == ["loop", "odd", "other"]  # nothing is left behind
 
 
 @pytest.mark.parametrize("text, shown", [

@@ -193,6 +193,9 @@ def test_no_run_is_ever_deleted(workdir):
             Path("run.2").write_text("something else")
     for name, expected in zip(["run.1", "run.3", "run.4", "run"], runs):
         assert_same_weights(weights(name), expected)
+    Path("run/ckpt.pt").unlink()  # what is left is still a run
+    small_run("--out_dir=run", "--max_iters=1")
+    assert Path("run.5/best.pt").exists()
     assert Path("run.2").read_text() == "something else"
 
 
@@ -549,6 +552,10 @@ def test_bad_keys_get_one_clear_line(tmp_path, monkeypatch):
     for arguments, expected in [
         (["typo.py"], "unknown key learning_rte; did you mean learning_rate?"),
         (["--n_layers=3"], "did you mean n_layer?"),
+        (["--N_LAYER=3"], "unknown key N_LAYER"),
+        (["--_n_layer=3"], "unknown key _n_layer"),
+        (["--"], "unknown key ;"),
+        (["--device=meta"], "--device=meta does not work here"),
         (["type.py"], "n_layer=four: expected a value of type int"),
         (["broken.py"], "config file broken.py: SyntaxError"),
         (["missing.py"], "config file missing.py: FileNotFoundError"),
