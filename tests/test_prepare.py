@@ -160,7 +160,7 @@ def test_streams(tmp_path):
     (tmp_path / "a").write_bytes(prose(20_000))
     script = f"{sys.executable} {ROOT}/prepare.py"
     for command in (f"cat a | {script} - --name=x", f"{script} <(cat a) --name=x",
-                    f"{script} - --tokenizer=bpe:300 --name=x < a"):
+                    f"{script} - --tokenizer=bpe:300 --name=x < a", f"{script} a --name=y 2>&-"):
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     for folder in tmp_path.glob("data/*"):
