@@ -47,7 +47,10 @@ def speed(arguments):
     jobs, cfg = [], None
     for name in names or ["config/stlm_10m.py", "config/gpt_10m.py"]:
         if name.endswith(".py"):
-            cfg, _ = T.settle(*T.parse([name, "--dataset=stdlib", *keys]))
+            given, hooks = T.parse([name, "--dataset=stdlib", *keys])
+            if hooks:
+                raise BadInput(f"{name}: expected a config file without edit() and loss()")
+            cfg, _ = T.settle(given, hooks)
         elif cfg is None or not (name == "transformers" or Path(name, "model.py").is_file()):
             raise BadInput(f"{name}: expected CONFIG.py, after it a nanoGPT folder or transformers")
         elif name == "transformers":

@@ -64,14 +64,14 @@ def load(name, device="", block_size=None):
     block_size the model looks further back."""
     check(block_size=block_size)
     out_dir, edit = folder_and_edit(name)
-    if (out_dir / "config.json").is_file():
+    paths = [out_dir, out_dir / "best.pt", out_dir / "config.json", out_dir / "ckpt.pt"]
+    path = next((path for path in paths if path.is_file()), paths[-1])
+    if path.name == "config.json":
         try:
             model = from_pretrained(out_dir)
         except Exception as error:  # of either file's format
             raise BadInput(f"{out_dir} holds no model of save_pretrained() ({first_line(error)})")
     else:
-        paths = [out_dir, out_dir / "best.pt", out_dir / "ckpt.pt"]
-        path = next((path for path in paths if path.is_file()), paths[-1])
         model, _ = load_checkpoint(path, edit)
     if block_size is not None:
         model.set_block_size(block_size)

@@ -108,14 +108,17 @@ def parse(arguments):
             raise BadInput(f"{argument}: expected a config file (.py) or --key=value")
         else:
             try:
-                spec = spec_from_file_location(f"config.{Path(argument).stem}", argument)
+                name = re.sub(r"\W", "_", argument)  # not of a module that the file may import
+                spec = spec_from_file_location(name, argument)
                 module = module_from_spec(spec)
-                sys.modules[spec.name] = module  # where torch.compile looks for its functions
+                sys.modules[name] = module  # where torch.compile looks for its functions
                 spec.loader.exec_module(module)
             except Exception as error:
                 raise BadInput(f"config file {argument}: {first_line(error)}")
             for key, value in vars(module).items():
-                if callable(value) and key in ("edit", "loss"):
+                if key in ("edit", "loss"):
+                    if not inspect.isfunction(value):
+                        raise BadInput(f"config file {argument}: expected {key} to be a function")
                     hooks[key] = value
                 elif not (key[0] == "_" or key.isupper() or callable(value)
                           or isinstance(value, ModuleType)):
@@ -132,15 +135,20 @@ def parse(arguments):
     return given, hooks
 
 
+def files_of(hooks):
+    """The names of the files of functions, also of decorated ones."""
+    return {name: Path(inspect.unwrap(hook).__code__.co_filename).name
+            for name, hook in hooks.items()}
+
+
 def settle(given, hooks):
     """The configuration of a run, and the checkpoint that it starts from or None."""
     cfg, checkpoint = Config(**given), None
     path = f"{cfg.out_dir}/ckpt.pt" if cfg.resume else cfg.init_from
     if path:
         _, checkpoint = load_checkpoint(path, hooks.get("edit") if cfg.resume else None)
-        if cfg.resume and hooks.keys() != (files := checkpoint.get("hooks", {})).keys():
-            raise BadInput(f"--resume: expected the config file of this run again, if it has "
-                           f"edit() or loss(); {path} names {sorted(set(files.values()))}")
+        if cfg.resume and files_of(hooks) != (expected := checkpoint["hooks"]):
+            raise BadInput(f"{path}: expected the config file of its edit() and loss(): {expected}")
         kept = KEYS.keys() - {"out_dir"} if cfg.resume else OF_A_MODEL
         stored = {key: value for key, value in checkpoint["config"].items() if key in kept}
         differ = {key for key in stored.keys() & given if given[key] != stored[key]}
@@ -230,7 +238,10 @@ def find_data(cfg):
             raise BadInput(f"no dataset in {folder}: run prepare.py FILES --name={cfg.dataset} "
                            f"--patcher={cfg.patcher} --tokenizer={cfg.tokenizer}")
         prepare([cfg.dataset], patcher=cfg.patcher, tokenizer=cfg.tokenizer)
-    return folder, load_meta(folder)
+    meta = load_meta(folder)
+    if (meta["vocab"] is None) != (cfg.tokenizer == "bytes"):
+        raise BadInput(f"{folder} does not fit tokenizer={cfg.tokenizer}: expected another dataset")
+    return folder, meta
 
 
 # --- optimizers -----------------------------------------------------------------------------------
@@ -379,10 +390,9 @@ def load_checkpoint(path, edit=None):
     edited model needs edit(model) of its config file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config_file = checkpoint.get("hooks", {}).get("edit")
-        if bool(config_file) != bool(edit):
-            raise BadInput(f"{path}: expected the config file of its edit(), {config_file}, and no "
-                           "other")
+        expected = checkpoint.setdefault("hooks", {}).get("edit", "none")
+        if expected != (files_of({"edit": edit})["edit"] if edit else "none"):
+            raise BadInput(f"{path}: expected the config file of its edit(): {expected}")
         sizes = STLMConfig(**checkpoint["sizes"])
         model = build(checkpoint["kind"], sizes, checkpoint["model"], edit)
         model.text = {key: checkpoint["data"][key] for key in ("patcher", "vocab")}
@@ -444,7 +454,6 @@ def print_sample(model, n, vocab):
 # --- training -------------------------------------------------------------------------------------
 def train(given, hooks={}):
     cfg, checkpoint = settle(given, hooks)
-    hook_files = {name: hook.__code__.co_filename for name, hook in hooks.items()}
     if "loss" in hooks and WORLD_SIZE > 1:
         raise BadInput("loss() of a config file: expected one process, not torchrun")
     device = choose_device(cfg.device)
@@ -465,8 +474,8 @@ def train(given, hooks={}):
     raw_model = new_model(cfg, meta)
     if checkpoint and not cfg.resume:
         raw_model.load_state_dict(checkpoint["model"])
-    if "edit" in hooks:
-        hooks["edit"](raw_model)
+    if "edit" in hooks and hooks["edit"](raw_model) is not None:
+        raise BadInput("edit() of a config file: expected it to change the model and return None")
     raw_model.to(device)
     optimizers = make_optimizers(raw_model, cfg, dtype)
     # iterations and seconds of training, bytes read, the last iteration that was evaluated, the
@@ -486,6 +495,7 @@ def train(given, hooks={}):
             return hooks["loss"](model, x, y) if "loss" in hooks else model(x, y)
 
     out = open_out_dir(cfg, state)
+    folder_itself = out.stat()
     if cfg.compile:
         x, y = train_data.sequences(0, cfg.batch_size, cfg.seed)
         # CUDA graphs, as a GPU runs small kernels faster than Python starts them
@@ -500,7 +510,7 @@ def train(given, hooks={}):
             with whole_file(out / name) as file:
                 torch.save({"kind": type(raw_model).__name__, "sizes": asdict(raw_model.config),
                             "model": raw_model.state_dict(), "config": asdict(cfg), "data": meta,
-                            "hooks": hook_files, "state": vars(state),
+                            "hooks": files_of(hooks), "state": vars(state),
                             "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
                            file)
 
@@ -523,6 +533,9 @@ def train(given, hooks={}):
             if done and state.evaluated == state.iter:
                 print("this run is finished; a larger --max_iters or --max_minutes continues it")
                 break
+
+            if not os.path.samestat(out.stat(), folder_itself):
+                raise BadInput(f"another run has begun in {out}, and this one's folder was renamed")
 
             # save, and evaluate
             at_eval = state.iter > state.evaluated and state.iter % cfg.eval_interval == 0
@@ -584,7 +597,7 @@ def train(given, hooks={}):
             print_sample(raw_model.eval(), cfg.sample_bytes, meta["vocab"])
 
 
-ADVICE = {"out of memory|allocate memory": "halve --batch_size and double --grad_accum",
+ADVICE = {"out of memory|allocate": "halve --batch_size and double --grad_accum",
           "gloo|nccl|[Cc]onnection": "another rank has gone: start again with --resume",
           "inline_container": "is the disk full? Make room and start again with --resume"}
 
@@ -594,7 +607,7 @@ def main():
         train(*parse(sys.argv[1:]))
         if WORLD_SIZE > 1:  # after the model has gone, as DDP can hang otherwise
             dist.destroy_process_group()
-    except RuntimeError as error:  # by torch
+    except (RuntimeError, MemoryError) as error:  # by torch or numpy
         for pattern, advice in ADVICE.items():
             if re.search(pattern, str(error)):
                 raise BadInput(f"rank {RANK} stops, {advice} ({first_line(error)})")

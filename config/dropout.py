@@ -15,7 +15,7 @@ from config.quick import *
 SCHEDULE = os.environ.get("SCHEDULE", "early")
 P = 0.1  # the share of activations that dropout sets to zero
 out_dir = f"out/dropout_{SCHEDULE}"
-max_iters = 1000  # equal steps: dropout costs next to no time
+max_iters = 300  # equal steps: dropout costs next to no time
 max_minutes = 0.0
 
 

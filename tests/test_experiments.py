@@ -34,7 +34,7 @@ def path(name):
 def experiment(name):
     """The module that is config/name.py, and its hooks."""
     _, hooks = T.parse([path(name)])
-    return sys.modules[f"config.{name}"], hooks
+    return sys.modules[re.sub(r"\W", "_", path(name))], hooks
 
 
 def by_itself(name, *arguments):
@@ -74,12 +74,14 @@ def test_the_readmes_own_experiment(workdir):
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
 
     done = run_script("sample.py", "--out_dir=parts", "--prompt=a", cwd=workdir)
-    assert_one_clear_line(done, "expected the config file of its edit(), ", "typos.py")
-    with pytest.raises(P.BadInput, match=r"the config file of its edit\(\), .*typos.py"):
+    assert_one_clear_line(done, "expected the config file of its edit(): typos.py")
+    with pytest.raises(P.BadInput, match=r"the config file of its edit\(\): typos.py"):
         train("--out_dir=parts", "--resume", "--max_iters=9")
     Path("plain.py").write_text("max_iters = 3\n")
-    with pytest.raises(P.BadInput, match="expected the config file"):
-        train("plain.py", *run[1:], "--out_dir=parts", "--resume")
+    Path("other.py").write_text(source)
+    for other in "plain.py", "other.py":
+        with pytest.raises(P.BadInput, match="expected the config file of its edit"):
+            train(other, *run[1:], "--out_dir=parts", "--resume")
 
 
 def test_a_loss_alone_and_one_that_fails(workdir):
@@ -96,8 +98,39 @@ def test_a_loss_alone_and_one_that_fails(workdir):
         train("--out_dir=run", "--resume", "--max_iters=5")
     train("double.py", "--out_dir=run", "--resume", "--max_iters=5")
     Path("broken.py").write_text("import nothing_like_this\n")
-    done = run_script("train.py", "broken.py", cwd=workdir)
-    assert_one_clear_line(done, "config file broken.py: ModuleNotFoundError")
+    Path("returns.py").write_text("def edit(model):\n    return model\n")
+    Path("print.py").write_text("edit = print\n")
+    for name, expected in [
+        ("broken.py", "config file broken.py: ModuleNotFoundError"),
+        ("returns.py", "edit() of a config file: expected it to change the model"),
+        ("print.py", "config file print.py: expected edit to be a function"),
+    ]:
+        done = run_script("train.py", name, *run, cwd=workdir)
+        assert_one_clear_line(done, expected)
+
+
+def test_a_config_file_may_have_the_name_of_one_that_it_imports(workdir):
+    Path("mine").mkdir()
+    Path("mine/quick.py").write_text("from config.quick import *\nn_layer = 2\n")
+    assert T.parse(["mine/quick.py"])[0] == T.parse([path("quick")])[0] | {"n_layer": 2}
+
+
+def test_two_runs_in_one_folder(workdir):
+    """The first one notices that its folder has been renamed, and stops; it can go on there."""
+    run, calls = [*TINY, "--dataset=tiny", "--out_dir=run", "--max_iters=6"], []
+
+    def loss(model, x, y):
+        calls.append(x)
+        if len(calls) == 4:
+            train(*run, "--seed=2")
+        return model(x, y)
+
+    given, _ = T.parse([*run, "--eval_interval=2"])
+    with pytest.raises(P.BadInput, match="another run has begun in run"):
+        T.train(given, {"loss": loss})
+    assert checkpoint("run/ckpt.pt")["config"]["seed"] == 2
+    assert checkpoint("run.1/ckpt.pt")["state"]["iter"] == 2
+    assert not read_log("run.1")[-1]["all_of_val"] and read_log("run")[-1]["all_of_val"]
 
 
 # --- those of config/ -----------------------------------------------------------------------------

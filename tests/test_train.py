@@ -628,6 +628,8 @@ def test_bad_files_get_one_clear_line(workdir):
     refused(base, "data/tiny is damaged")
     meta.write_bytes(described.replace(b'"words"', b'"fixed:4"'))
     refused(resume, "data/tiny differs from the data of the checkpoint in its patcher")
+    meta.write_bytes(json.dumps(json.loads(described) | {"vocab": ["a", ""]}).encode())
+    refused(base, "data/tiny does not fit tokenizer=bytes")
     for other in b"[]", b'{"train": 1}', b"5":
         meta.write_bytes(other)
         refused(base, "data/tiny is damaged")
