@@ -1,6 +1,7 @@
 """train.py's promises: exact resume, ranks that add up, the true score, and one clear line for bad
 input."""
 import io
+import json
 import math
 import os
 import random
