@@ -6,8 +6,8 @@ The other rows stay clean: from the errors before a byte the model can tell whic
 
     python train.py config/quick.py --out_dir=out/helper --n_embd=96 --d_byte=64 --n_ngram=8192 \\
         --attend_twice=false --max_minutes=1
-    MADE=0.1 python train.py config/denoise.py    # MADE=0 needs no helper; control: quick.py
-    python bench.py val --noise=0.05 out/quick out/denoise_0.1 data/stdlib
+    MADE=0.05 python train.py config/denoise.py    # MADE=0 needs no helper; control: quick.py
+    python bench.py val --noise=0.05 out/quick out/denoise_0.05 data/stdlib
 """
 import os
 from functools import lru_cache
@@ -19,8 +19,8 @@ from prepare import SEPARATOR, encode
 from sample import load
 
 RATE = 0.05    # of the bytes of a noisy row are replaced
-LETTERS = 0.2  # share of rows with random letters
-MADE = float(os.environ.get("MADE", 0.1))  # share of rows with bytes made by the helper
+LETTERS = 0.1  # share of rows with random letters
+MADE = float(os.environ.get("MADE", 0.05))  # share of rows with bytes made by the helper
 helper = lru_cache(load)
 out_dir = f"out/denoise_{MADE}"
 
