@@ -24,8 +24,8 @@ n_layer = 3
 n_head = 2
 n_ngram = 4000
 max_iters = 1500
-learning_rate = 0.003
-adam_learning_rate = 0.002
+learning_rate = 0.002
+adam_learning_rate = 0.001
 eval_interval = 1_000_000  # only at the end: best.pt is to be the last
 compile = False  # each move is another shape
 
