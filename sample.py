@@ -187,7 +187,7 @@ def paint_svg(text, bits, ends):
 # --- a page that holds the model ------------------------------------------------------------------
 def round_rows(p):
     """A parameter (..., n) as int8 (..., n) and the scale of each row (..., 1)."""
-    scale = p.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+    scale = p.float().abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
     return (p / scale).round().to(torch.int8), scale
 
 
@@ -229,8 +229,8 @@ def main():
     task = parser.add_mutually_exclusive_group(required=sys.stdin is None)  # it is closed
     task.add_argument("--prompt", type=text_or_file, help="text, or FILE:path, to go on from")
     task.add_argument("--score", type=text_or_file, help="text, or FILE:path, to score instead")
+    task.add_argument("--page", metavar="PATH", help="write a page that holds the model, .html")
     parser.add_argument("--html", metavar="PATH", help="paint the scored text here; also PATH.svg")
-    parser.add_argument("--page", metavar="PATH", help="write a page that holds the model, .html")
     parser.add_argument("--device", default="", help="cuda, mps or cpu")
     for name, (_, most, default, meaning) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=type(most), default=default, help=meaning)
@@ -239,9 +239,10 @@ def main():
     check(**options)
     if args.html and args.score is None:
         raise BadInput("--html shows a scored text: expected --score too")
-    for path in filter(None, (args.html, args.page)):
-        if not path.endswith((".html", ".svg")):  # it may be the text by mistake
-            raise BadInput(f"{path}: expected a name that ends in .html or .svg")
+    if args.html and not args.html.endswith((".html", ".svg")):  # it may be the text by mistake
+        raise BadInput(f"--html={args.html}: expected a name that ends in .html or .svg")
+    if args.page and not args.page.endswith(".html"):
+        raise BadInput(f"--page={args.page}: expected a name that ends in .html")
     model = load(args.out_dir, args.device, options.pop("block_size"))
 
     if args.page:

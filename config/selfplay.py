@@ -28,6 +28,7 @@ learning_rate = 0.002
 adam_learning_rate = 0.001
 eval_interval = 1_000_000  # only at the end: best.pt is to be the last
 compile = False  # each move is another shape
+device = "cpu"   # the games are so small
 
 GAMES = 256         # played at once
 ILLEGAL = -1.5      # the result of who makes an illegal move; a loss is -1
@@ -73,7 +74,7 @@ def solve(board):
 
 def perfect_player(moves, board):
     best = [solve(tuple(row))[1] or [0] for row in board.tolist()]
-    return torch.tensor([moves[torch.randint(len(moves), ())] for moves in best])
+    return torch.tensor([squares[torch.randint(len(squares), ())] for squares in best])
 
 
 def as_symbols(moves):  # (n, t) to (n, 1 + t)
@@ -114,10 +115,10 @@ def loss(model, x, y):
 
 if __name__ == "__main__":
     import prepare, sample, train
-    with open("games.jsonl", "w") as file:
+    with open("data/games.jsonl", "w") as file:
         for game in (play([random_player] * 2, 20_000)[0] + 1).tolist():
             print('{"text": "%s"}' % "".join(map(str, filter(None, game))), file=file)
-    prepare.prepare(["games.jsonl"], dataset, patcher)
+    prepare.prepare(["data/games.jsonl"], dataset, patcher)
     given, hooks = train.parse([__file__])
     train.train(given | {"out_dir": "out/games", "init_from": "", "max_iters": 300})
     train.train(given | {"out_dir": "out/more_games"})
@@ -126,7 +127,7 @@ if __name__ == "__main__":
         print(f"{name}, of 1,000 games: won, drawn, lost, illegal")
         for other in random_player, perfect_player:
             for role in 0, 1:
-                own = ModelPlayer(sample.load(name), temperature=0)
+                own = ModelPlayer(sample.load(name, device), temperature=0)
                 results = play([(own, other), (other, own)][role], 1000)[1][:, role]
                 counts = [(results == result).sum().item() for result in (1, 0, -1, ILLEGAL)]
                 print(f"as {'XO'[role]} against {other.__name__}: {counts}")
