@@ -23,8 +23,8 @@ BETA = 0.1  # scales the log-ratios
 previous_self = lru_cache(load)
 init_from = "out/quick/best.pt"
 out_dir = f"out/spin_{SPIN}"
-learning_rate = 0.001
-adam_learning_rate = 0.0004
+learning_rate = 0.0001
+adam_learning_rate = 0.00004
 eval_interval = 50
 compile = False  # without y the shapes depend on the data
 
