@@ -241,8 +241,6 @@ def main():
         raise BadInput("--html shows a scored text: expected --score too")
     if args.html and not args.html.endswith((".html", ".svg")):  # it may be the text by mistake
         raise BadInput(f"--html={args.html}: expected a name that ends in .html or .svg")
-    if args.page and not args.page.endswith(".html"):
-        raise BadInput(f"--page={args.page}: expected a name that ends in .html")
     model = load(args.out_dir, args.device, options.pop("block_size"))
 
     if args.page:
