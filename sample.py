@@ -18,7 +18,6 @@ import sys
 import unicodedata
 from base64 import b64encode
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -199,7 +198,7 @@ def save_page(model, path):
     for name, p in weights.items():
         integers, scales = (b64encode(part.cpu().numpy()).decode() for part in round_rows(p))
         tensors[name] = {"columns": p.size(-1), "integers": integers, "scales": scales}
-    data = json.dumps({"config": asdict(model.config), "tensors": tensors})
+    data = json.dumps({"config": vars(model.config), "tensors": tensors})
     page = Path(__file__).with_name("images").joinpath("page.html").read_text("utf-8")
     with whole_file(path) as file:
         file.write(page.replace(">MODEL<", f">{data}<").encode())

@@ -3,6 +3,8 @@ Dropout in the transformer, by a schedule: none, constant, early (only in the fi
 or late (only in the second), the question of the one finished report of the Super Tiny Language
 Models series (arXiv 2409.05423).
 
+The halves are those of max_iters as this file sets it: change it here and not by --max_iters.
+
     SCHEDULE=early python train.py config/dropout.py    # or constant, or late
     SCHEDULE=none python train.py config/dropout.py     # the control
 """

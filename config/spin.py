@@ -1,7 +1,7 @@
 """
 Self-play on text, SPIN (arXiv 2401.01335): a trained model learns to prefer the real second half of
 a piece of text to the one that its previous self wrote. The loss is logistic, of the difference of
-two log-ratios of probabilities, new self to previous.
+two log-ratios of probabilities, new self to previous. Both begin as init_from below.
 
     python train.py config/quick.py && python train.py config/spin.py
     SPIN=0 python train.py config/spin.py                           # control: goes on as before
