@@ -495,7 +495,7 @@ def train(given, hooks={}):
             return hooks["loss"](model, x, y) if "loss" in hooks else model(x, y)
 
     out = open_out_dir(cfg, state)
-    folder_itself = out.stat()
+    folder_itself = RANK == 0 and out.stat()
     if cfg.compile:
         x, y = train_data.sequences(0, cfg.batch_size, cfg.seed)
         # CUDA graphs, as a GPU runs small kernels faster than Python starts them
@@ -534,7 +534,7 @@ def train(given, hooks={}):
                 print("this run is finished; a larger --max_iters or --max_minutes continues it")
                 break
 
-            if not os.path.samestat(out.stat(), folder_itself):
+            if RANK == 0 and not os.path.samestat(out.stat(), folder_itself):
                 raise BadInput(f"another run has begun in {out}, and this one's folder was renamed")
 
             # save, and evaluate

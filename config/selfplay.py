@@ -114,7 +114,8 @@ def loss(model, x, y):
 
 
 if __name__ == "__main__":
-    import prepare, sample, train
+    import os, prepare, sample, train
+    os.makedirs("data", exist_ok=True)
     with open("data/games.jsonl", "w") as file:
         for game in (play([random_player] * 2, 20_000)[0] + 1).tolist():
             print('{"text": "%s"}' % "".join(map(str, filter(None, game))), file=file)
