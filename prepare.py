@@ -152,8 +152,7 @@ def encoding_of(vocab):
 def tokenize(text, vocab):
     """Token ids (uint16) of text (bytes). Bytes that are not UTF-8 become one token each."""
     encoding, ids = encoding_of(tuple(vocab)), []
-    text = text.decode("utf-8", "surrogateescape")
-    for part in regex.findall("[\udc80-\udcff]|[^\udc80-\udcff]{0,400000}", text):  # or it fails
+    for part in regex.split("([\udc80-\udcff])", text.decode("utf-8", "surrogateescape")):
         if "\udc80" <= part <= "\udcff":
             ids.append([encoding.encode_single_token(part.encode("utf-8", "surrogateescape"))])
         else:

@@ -359,7 +359,7 @@ def test_output_and_input_of_any_kind(trained, environment):
 def test_closed_input_is_one_clear_line(trained):
     command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, S.__file__, "--out_dir=out"]
     done = subprocess.run(command, cwd=trained, capture_output=True, text=True)
-    assert_one_clear_line(done, "--prompt --score is required")
+    assert_one_clear_line(done, "--prompt --score --page is required")
 
 
 # --- weights that travel --------------------------------------------------------------------------
