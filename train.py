@@ -135,10 +135,9 @@ def parse(arguments):
     return given, hooks
 
 
-def files_of(hooks):
-    """The names of the files of functions, also of decorated ones."""
-    return {name: Path(inspect.unwrap(hook).__code__.co_filename).name
-            for name, hook in hooks.items()}
+def file_of(hook):
+    """The name of the file of a function, also of a decorated one, or "none"."""
+    return Path(inspect.unwrap(hook).__code__.co_filename).name if hook else "none"
 
 
 def settle(given, hooks):
@@ -147,8 +146,8 @@ def settle(given, hooks):
     path = f"{cfg.out_dir}/ckpt.pt" if cfg.resume else cfg.init_from
     if path:
         _, checkpoint = load_checkpoint(path, hooks.get("edit") if cfg.resume else None)
-        if cfg.resume and files_of(hooks) != (expected := checkpoint["hooks"]):
-            raise BadInput(f"{path}: expected the config file of its edit() and loss(): {expected}")
+        if cfg.resume and file_of(hooks.get("loss")) != checkpoint["hooks"].get("loss", "none"):
+            raise BadInput(f"{path}: expected the config file of its hooks, {checkpoint['hooks']}")
         kept = KEYS.keys() - {"out_dir"} if cfg.resume else OF_A_MODEL
         stored = {key: value for key, value in checkpoint["config"].items() if key in kept}
         differ = {key for key in stored.keys() & given if given[key] != stored[key]}
@@ -391,7 +390,7 @@ def load_checkpoint(path, edit=None):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         expected = checkpoint.setdefault("hooks", {}).get("edit", "none")
-        if expected != (files_of({"edit": edit})["edit"] if edit else "none"):
+        if file_of(edit) != expected:
             raise BadInput(f"{path}: expected the config file of its edit(): {expected}")
         sizes = STLMConfig(**checkpoint["sizes"])
         model = build(checkpoint["kind"], sizes, checkpoint["model"], edit)
@@ -510,7 +509,8 @@ def train(given, hooks={}):
             with whole_file(out / name) as file:
                 torch.save({"kind": type(raw_model).__name__, "sizes": asdict(raw_model.config),
                             "model": raw_model.state_dict(), "config": asdict(cfg), "data": meta,
-                            "hooks": files_of(hooks), "state": vars(state),
+                            "hooks": {name: file_of(hook) for name, hook in hooks.items()},
+                            "state": vars(state),
                             "optimizers": [optimizer.state_dict() for optimizer in optimizers]},
                            file)
 

@@ -155,7 +155,7 @@ def test_typing_editing_choosing_and_going_on(opened):
     assert r"\u202e" in browser.run("$('painted').textContent")
 
     browser.type("so it goes, so it goes")
-    for _ in range(2):  # to the o of the second "goes"
+    for _ in range(2):  # to before the e of the second "goes"
         browser.call("Input.dispatchKeyEvent", type="rawKeyDown", key="ArrowLeft",
                      windowsVirtualKeyCode=37)
     browser.wait_for("chosen === 20")
