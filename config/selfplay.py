@@ -37,14 +37,16 @@ ONE = ord("1") + 256  # the symbol of the first square
 LINES = torch.tensor([[*map(int, line)] for line in "012 345 678 036 147 258 048 246".split()])
 
 
-def play(players, n, n_random=0):
+def play(players, n, n_mixed=0):
     """Plays n games of two players, functions of the moves so far (n, t) and the board (n, 9), 1 =
-    own, -1 = the other's, after n_random random moves. Returns the moves (n, 9), -1 after the end,
-    and the results of X, who begins, and of O (n, 2)."""
+    own, -1 = the other's; half of the first n_mixed moves are random instead. Returns the moves
+    (n, 9), -1 after the end, and the results of X, who begins, and of O (n, 2)."""
     moves, board = torch.full((n, 9), -1), torch.zeros(n, 9, dtype=torch.long)
     results, running = torch.zeros(n, 2), torch.ones(n, dtype=torch.bool)
     for t in range(9):
-        move = (players[t % 2] if t >= n_random else random_player)(moves[:, :t], board)
+        move = players[t % 2](moves[:, :t], board)
+        if t < n_mixed:
+            move = torch.where(torch.rand(n) < 0.5, move, random_player(moves, board))
         moves[running, t] = move[running]
         legal = (0 <= move) & (move < 9) & (board.gather(1, move.clamp(0, 8)[:, None])[:, 0] == 0)
         results[running & ~legal, t % 2] = ILLEGAL
@@ -101,15 +103,15 @@ def edit(model):
 
 
 def loss(model, x, y):
-    n_random = int(torch.randint(5, ()))  # so that it meets every kind of board
-    moves, results = play([ModelPlayer(model)] * 2, GAMES, n_random)
+    n_mixed = int(torch.randint(6, ()))  # so that it meets every kind of board
+    moves, results = play([ModelPlayer(model)] * 2, GAMES, n_mixed)
     model.role_means.lerp_(results.mean(0), 0.05)
     advantage = (results - model.role_means).repeat(1, 5)[:, :9]  # (GAMES, 9) X, O, X, ...
     symbols = as_symbols(moves)  # (GAMES, 10)
     log_p = model(symbols[:, :-1]).log_softmax(-1)  # (GAMES, 9, 512)
     entropy = -(log_p.exp() * log_p).sum(-1)  # (GAMES, 9)
     log_p = log_p.gather(-1, symbols[:, 1:, None])[..., 0]
-    own = (moves != -1) & (torch.arange(9) >= n_random)  # the moves that the model chose
+    own = (moves != -1) & (torch.arange(9) >= n_mixed)  # the moves that are all the model's
     return -((advantage * log_p + ENTROPY * entropy) * own).sum() / GAMES
 
 
