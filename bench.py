@@ -174,7 +174,7 @@ def other_gpt2(name, cfg, vocab_size, device):
 def runs(folders, figure):
     """Prints a line a model and draws its validation curves, as finished runs have logged them.
     Folders that differ only after their last dot are seeds of one model: the line is their mean."""
-    models, bpbs, axes = {}, [], Figure().subplots()
+    models, bpbs, panels = {}, [], Figure((10, 4)).subplots(1, 2, sharey=True)
     for folder in map(Path, folders):
         models.setdefault(folder.stem, []).append(read_run(folder))
     print(f"{'':20}total, M tables, M   MB read   minutes      KB/s       bpb  seeds spread  ratio")
@@ -183,15 +183,17 @@ def runs(folders, figure):
         bpbs.append(rows[:, -1].mean())
         print(f"{name:18}" + "".join(f"{value:10.3f}" for value in rows.mean(axis=0))
               + f"{len(rows):7}{np.ptp(rows[:, -1]):7.3f}{bpbs[-1] / bpbs[0]:7.3f}")
-        for seed, (_, curve) in enumerate(seeds):
-            axes.plot(*zip(*curve), ".-", color=f"C{i}", label="_" if seed else name)
-    axes.set(xlabel="minutes of training", ylabel="bits per byte of validation text",
-             ylim=(0.98 * min(bpbs), 1.35 * min(bpbs)))
+        for seed, (_, (*spent, curve)) in enumerate(seeds):
+            for axes, x in zip(panels, spent):
+                axes.plot(x, curve, ".-", color=f"C{i}", label="_" if seed else name)
+    for axes, spent in zip(panels, ("minutes of training", "MB of text read")):
+        axes.set(xlabel=spent, ylabel="bits per byte of validation text", xscale="log",
+                 ylim=(0.98 * min(bpbs), 1.35 * min(bpbs)))
     save(axes, figure)
 
 
 def read_run(folder):
-    """A run's row of the table, and its validation curve as a list of (minutes, bits per byte)."""
+    """A run's row of the table, and its validation curve: minutes, MB, bits per byte (3, n)."""
     folder, edit = S.folder_and_edit(folder)
     model, _ = T.load_checkpoint(folder / "ckpt.pt", edit)
     path, log = folder / "log.jsonl", []
@@ -205,7 +207,8 @@ def read_run(folder):
     last, tables = log[-1], millions(model, PARTS["n-grams"] + PARTS["vocabulary"])
     speed = last["bytes"] / 1e3 / (60 * last["minutes"])
     row = millions(model), tables, last["bytes"] / 1e6, last["minutes"], speed, last["val_bpb"]
-    return row, [(entry["minutes"], entry["val_bpb"]) for entry in log if "val_bpb" in entry]
+    return row, np.array([(entry["minutes"], entry["bytes"] / 1e6, entry["val_bpb"])
+                          for entry in log if "val_bpb" in entry]).T
 
 
 def save(axes, path):

@@ -440,6 +440,9 @@ def test_tic_tac_toe():
     moves, results = module.play([first, first], 3)
     assert (moves[:, :2] == 0).all() and (moves[:, 2:] == -1).all()
     assert results.tolist() == [[0, module.ILLEGAL]] * 3
+    moves, _ = module.play([first, first], 200, n_mixed=1)
+    assert 80 < (moves[:, 0] == 0).sum() < 140 and (moves[:, 1] == 0).all()  # half of them: 111
+
     def row_by_row(moves, board):  # X takes the first row, O the second
         return torch.full((len(board),), moves.size(1) // 2 + 3 * (moves.size(1) % 2))
 
