@@ -187,8 +187,9 @@ def runs(folders, figure):
             for axes, x in zip(panels, spent):
                 axes.plot(x, curve, ".-", color=f"C{i}", label="_" if seed else name)
     for axes, spent in zip(panels, ("minutes of training", "MB of text read")):
-        axes.set(xlabel=spent, ylabel="bits per byte of validation text", xscale="log",
-                 ylim=(0.98 * min(bpbs), 1.35 * min(bpbs)))
+        axes.set(xlabel=spent, ylabel="bits per byte", ylim=(0.98 * min(bpbs), 1.35 * min(bpbs)))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     save(axes, figure)
 
 
