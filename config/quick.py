@@ -7,7 +7,7 @@ max_minutes = 3.75  # compilation and evaluation take the rest of the 4
 
 block_size = 4096
 max_patches = 0  # as many as the data need
-n_layer = 1  # parameters do more in the n-gram table than in a second layer
+n_layer = 1  # up to an hour of two cores, parameters do more as n-grams than as a second layer
 n_head = 3
 n_embd = 192
 attend_twice = True
