@@ -378,11 +378,15 @@ def write_ids(path, pieces, patcher, vocab, sha256):
 
 
 def refuse_more_than_a_dataset(folder):
-    ours = {folder / name for name in ("train.bin", "val.bin", "meta.json")}
-    if folder.is_dir() and all(path in ours and path.is_file() for path in folder.iterdir()):
+    ours = {"train.bin", "val.bin", "meta.json"}
+    try:  # one look, as another run may be replacing the folder
+        if all(entry.name in ours and entry.is_file() for entry in os.scandir(folder)):
+            return
+    except FileNotFoundError:
         return
-    if os.path.lexists(folder):
-        raise BadInput(f"{folder} holds more than a dataset; expected another --name or --data_dir")
+    except OSError:  # a file, or a loop of links
+        pass
+    raise BadInput(f"{folder} holds more than a dataset; expected another --name or --data_dir")
 
 
 def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", val_fraction=0.05,
