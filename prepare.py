@@ -380,13 +380,11 @@ def write_ids(path, pieces, patcher, vocab, sha256):
 def refuse_more_than_a_dataset(folder):
     ours = {"train.bin", "val.bin", "meta.json"}
     try:  # one look, as another run may be replacing the folder
-        if all(entry.name in ours and entry.is_file() for entry in os.scandir(folder)):
-            return
-    except FileNotFoundError:
-        return
-    except OSError:  # a file, or a loop of links
-        pass
-    raise BadInput(f"{folder} holds more than a dataset; expected another --name or --data_dir")
+        fine = all(entry.name in ours and entry.is_file() for entry in os.scandir(folder))
+    except OSError as error:  # a file or a loop of links is not fine, nothing at all is
+        fine = isinstance(error, FileNotFoundError)
+    if not fine:
+        raise BadInput(f"{folder} holds more than a dataset; expected another --name or --data_dir")
 
 
 def prepare(inputs=("stdlib",), name=None, patcher="words", tokenizer="bytes", val_fraction=0.05,
