@@ -381,6 +381,8 @@ def refuse_more_than_a_dataset(folder):
     ours = {"train.bin", "val.bin", "meta.json"}
     try:  # one look, as another run may be replacing the folder
         fine = all(entry.name in ours and entry.is_file() for entry in os.scandir(folder))
+    except PermissionError:
+        raise
     except OSError as error:  # a file or a loop of links is not fine, nothing at all is
         fine = isinstance(error, FileNotFoundError)
     if not fine:
