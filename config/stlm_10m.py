@@ -6,7 +6,7 @@ max_iters = 20_000  # about 330 MB of text
 
 block_size = 2048
 max_patches = 0  # as many as the data need
-n_layer = 4
+n_layer = 4  # up to an hour of two cores, parameters do more as n-grams than as more layers
 n_head = 5
 n_embd = 320
 window = 64  # a patch sees at least the last 64, at most the last 128
